@@ -1,0 +1,5 @@
+"""The functionals as torchmetrics Metrics: streaming, merged across ranks."""
+
+from mir_lightning.metrics.mir import ModalityIntegrationRate
+
+__all__ = ["ModalityIntegrationRate"]

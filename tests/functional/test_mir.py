@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from mir_lightning.functional import modality_integration_rate
+from tests import oracle
+from tests.streams import hostile_layers
+
+
+def _numpy(layers):
+    return [layer.double().numpy() for layer in layers]
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "massive", "huge_mean", "few_tokens", "constant", "duplicated"])
+def test_equals_the_oracle_on_hostile_tokens(kind, dtype, variant):
+    vision, text = hostile_layers(kind, dtype)
+    mir, layers = modality_integration_rate(vision, text, variant, return_layers=True)
+    expected = oracle.mir_layers(_numpy(vision), _numpy(text), variant)
+    assert layers.dtype == torch.float64
+    np.testing.assert_allclose(layers.numpy(), expected, rtol=1e-8)
+    assert mir.item() == pytest.approx(np.log10(expected.sum()), rel=1e-8)
+
+
+def test_massive_tokens_would_dominate_without_the_outlier_rule():
+    vision, text = hostile_layers("massive", torch.float32)[0], hostile_layers("plain", torch.float32)[1]
+    v, t = _numpy(vision)[0], _numpy(text)[0]
+    with_all = oracle.token_frechet_distance(*(x / np.linalg.norm(t, axis=1).mean() for x in (v, t)))
+    _, layers = modality_integration_rate(vision, text, return_layers=True)
+    assert with_all > 10 * layers[0].item()
+
+
+def test_official_equals_the_accurate_mode_with_scipy_sqrtm():
+    """`sqrtm` of the product of covariances, real part, as the released code's accurate mode."""
+    vision, text = hostile_layers("massive", torch.float64)
+    expected = []
+    for v, t in zip(_numpy(vision), _numpy(text), strict=True):
+        alpha = 1 / np.linalg.norm(t, axis=1).mean()
+        v, t = (
+            np.where(oracle.outliers(x)[:, None], oracle.lower_median(x), x) for x in (alpha * v, alpha * t)
+        )
+        expected.append(
+            oracle.frechet_distance(v.mean(0), oracle.covariance(v), t.mean(0), oracle.covariance(t))
+        )
+    given = modality_integration_rate(vision, text, "official")
+    assert given.item() == pytest.approx(np.log10(sum(expected)), rel=1e-6)
+
+
+def test_official_fast_subtracts_the_trace_of_the_product_itself():
+    """In exact arithmetic the released default never leaves Y = A, so it subtracts 2 Tr(S_v S_t)."""
+    generator = torch.Generator().manual_seed(0)
+    vision = torch.randn(4000, 6, generator=generator)
+    text = torch.randn(4000, 6, generator=generator)
+    given = modality_integration_rate([vision], [text], "official-fast").item()
+    alpha = 1 / text.norm(dim=1).mean()
+    v, t = (
+        np.where(oracle.outliers(x)[:, None], oracle.lower_median(x), x)
+        for x in ((alpha * vision).double().numpy(), (alpha * text).double().numpy())
+    )
+    cov_v, cov_t = oracle.covariance(v), oracle.covariance(t)
+    gap = np.trace(cov_v) + np.trace(cov_t) - 2 * np.trace(cov_v @ cov_t)
+    assert given == pytest.approx(np.log10(((v.mean(0) - t.mean(0)) ** 2).sum() + gap), rel=1e-4)
+    right = np.trace(scipy.linalg.sqrtm(cov_v @ cov_t).real)
+    assert abs(gap - (np.trace(cov_v) + np.trace(cov_t) - 2 * right)) > 0.5
+
+
+def test_official_fast_with_fewer_tokens_than_dimensions_says_what_would_do():
+    vision, text = torch.zeros(3, 5), torch.randn(3, 5)
+    with pytest.raises(ValueError, match=r'"official-fast" inverts .* layer 0, which is singular'):
+        modality_integration_rate([vision], [text], "official-fast")
+
+
+def test_scale_of_all_tokens_does_not_matter():
+    vision, text = hostile_layers("massive", torch.float64)
+    scaled = modality_integration_rate([1e-3 * v for v in vision], [1e-3 * t for t in text])
+    assert scaled.item() == pytest.approx(modality_integration_rate(vision, text).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "error", "message"),
+    [
+        ([torch.randn(4, 3)], [], ValueError, "same number of layers, one at least, got 1 and 0"),
+        ([torch.randn(4, 3)], [torch.randn(4, 2)], ValueError, "one width, got 3 and 2"),
+        ([torch.randn(1, 3)], [torch.randn(4, 3)], ValueError, r"vision has 1 token\(s\) in layer 0"),
+        ([torch.randn(4, 3)], [torch.randn(0, 3)], ValueError, r"text has 0 token\(s\) in layer 0"),
+        ([torch.randn(4, 3)], [torch.zeros(4, 3)], ValueError, "text tokens of layer 0 are all zero"),
+        ([torch.ones(4, 3, dtype=torch.int64)], [torch.randn(4, 3)], TypeError, "vision tokens .* floating"),
+        ([torch.randn(4)], [torch.randn(4, 3)], ValueError, r"must be \[n, d\], got \[4\]"),
+        (
+            [torch.randn(4, 3)] * 2,
+            [torch.randn(4, 3), torch.full((4, 3), float("inf"))],
+            ValueError,
+            r"text hidden states of layer 1 hold NaN or inf \(4 of 4 tokens\)",
+        ),
+    ],
+)
+def test_bad_input(vision, text, error, message):
+    with pytest.raises(error, match=message):
+        modality_integration_rate(vision, text)
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="variant must be one of paper, official, official-fast, got 'fast'"):
+        modality_integration_rate([torch.randn(4, 3)], [torch.randn(4, 3)], "fast")

@@ -1,0 +1,29 @@
+"""Hostile tokens, as real models make them and worse."""
+
+import torch
+
+
+def hostile_layers(kind, dtype=torch.float32, layers=2, n_vision=700, n_text=500, d=24, seed=0):
+    """``(vision, text)``: lists of ``layers`` tensors ``[n, d]`` with correlated dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "few_tokens":
+        n_vision, n_text = d // 2, d // 3
+    modalities = []
+    for n, offset in ((n_vision, 0.5), (n_text, 0.0)):
+        tokens = []
+        for _ in range(layers):
+            mixing = torch.randn(d, d, generator=generator, dtype=torch.float64)
+            x = torch.randn(n, d, generator=generator, dtype=torch.float64) @ mixing + offset
+            if kind == "massive":
+                x[torch.randperm(n, generator=generator)[: max(1, n // 100)], 0] += (
+                    1000 * x.norm(dim=1).mean()
+                )
+            elif kind == "huge_mean":
+                x += 1e3 * x.std()
+            elif kind == "constant":
+                x[:, ::3] = 1.5
+            elif kind == "duplicated":
+                x = x[: d // 2].repeat(n // (d // 2) + 1, 1)[:n]
+            tokens.append(x.to(dtype))
+        modalities.append(tokens)
+    return modalities
