@@ -1,0 +1,34 @@
+"""Look into a live model without leaving a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+
+@contextmanager
+def leave_no_trace(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no compilation inside; afterwards everything is as before.
+
+    Restored, also after an error: the training flag of every module (each its own), and the random states of
+    Python, NumPy, torch and its devices. ``no_grad`` and not ``inference_mode``, whose tensors a later
+    training step may not use. Compiled modules run eagerly, because they ignore hooks added after compilation.
+    """
+    training = {module: module.training for module in model.modules()}
+    error: BaseException | None = None
+    with isolate_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        except BaseException as caught:  # isolate_rng restores only when left without an error
+            error = caught
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+    if error is not None:
+        raise error

@@ -1,0 +1,204 @@
+"""Where a vision-language model keeps things: decoder layers, final norm, vision and text positions.
+
+One rule serves all architectures; nothing here knows a model by name.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+TextPositions = Literal["after_vision", "all"]
+
+_VISION_TOKEN_KEYS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+_CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "cross_attention", "encoder_attn")
+
+
+class Decoder(NamedTuple):
+    """The text decoder of a model.
+
+    Attributes:
+        layers: its L blocks, in order.
+        norms: normalisation modules beside them; the one that runs after the last block is the final norm.
+    """
+
+    layers: nn.ModuleList
+    norms: tuple[nn.Module, ...]
+
+
+class TokenMasks(NamedTuple):
+    """Boolean ``[B, S]`` masks over the positions of a batch; padding is in neither."""
+
+    vision: Tensor
+    text: Tensor
+
+
+def find_vlm(module: nn.Module, path: str | None = None) -> nn.Module:
+    """The Hugging Face model inside ``module``: the module itself, or the outermost one it holds.
+
+    Args:
+        module: any module, for example a LightningModule.
+        path: dotted path of the model inside ``module``; decides when there are several.
+
+    Raises:
+        ValueError: if there is none, or several and no ``path``; or nothing is at ``path``.
+    """
+    if path is not None:
+        try:
+            return module.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(
+                f"model={path!r} names no submodule of {type(module).__name__}: {error}."
+            ) from error
+    found = dict(_outermost_models(module))
+    if not found:
+        raise ValueError(
+            f"{type(module).__name__} holds no Hugging Face model (transformers.PreTrainedModel): "
+            'say where the model is with model="path.to.it".'
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(module).__name__} holds {len(found)} Hugging Face models ({', '.join(found)}): "
+            'say which one is the vision-language model with model="path.to.it".'
+        )
+    return next(iter(found.values()))
+
+
+def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, PreTrainedModel):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _outermost_models(child, f"{name}.{child_name}" if name else child_name)
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Decoder layers and final norm of a Hugging Face model.
+
+    ``get_decoder()`` until it settles, then the shallowest ``ModuleList`` as long as the text config says.
+
+    Raises:
+        ValueError: for an encoder-decoder, for a decoder that sees images through cross-attention (its
+            vision tokens never enter the sequence), or where no such list is found.
+    """
+    base = find_vlm(model)
+    config = base.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder: its vision tokens never enter the decoder's "
+            "sequence, so MIR is not defined for it."
+        )
+    decoder = _innermost_decoder(base)
+    depth = decoder.config.get_text_config(decoder=True).num_hidden_layers
+    owner, layers = _shallowest_list(decoder, depth)
+    if layers is None or owner is None:
+        raise ValueError(
+            f"no decoder layers found in {type(base).__name__}: looked for a ModuleList of {depth} "
+            f"(num_hidden_layers) inside {type(decoder).__name__}."
+        )
+    if any(cross in name for name, _ in layers.named_modules() for cross in _CROSS_ATTENTION_NAMES):
+        raise ValueError(
+            f"{type(base).__name__} sees images through cross-attention: its vision tokens never enter the "
+            "decoder's sequence, so MIR is not defined for it."
+        )
+    norms = tuple(child for child in owner.children() if "norm" in type(child).__name__.lower())
+    return Decoder(layers, norms)
+
+
+def _innermost_decoder(model: nn.Module) -> nn.Module:
+    seen: list[nn.Module] = [model]
+    while hasattr(seen[-1], "get_decoder"):
+        decoder = seen[-1].get_decoder()
+        if decoder is None or any(decoder is module for module in seen):
+            break
+        seen.append(decoder)
+    return seen[-1]
+
+
+def _shallowest_list(root: nn.Module, length: int) -> tuple[nn.Module | None, nn.ModuleList | None]:
+    """The first ``ModuleList`` of ``length``, breadth-first, and the module that owns it."""
+    queue = deque([root])
+    while queue:
+        module = queue.popleft()
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == length:
+                return module, child
+            queue.append(child)
+    return None, None
+
+
+def vision_token_ids(config: PreTrainedConfig) -> set[int]:
+    """Placeholder ids of image and video tokens, from the outermost config that names any.
+
+    Raises:
+        ValueError: if no config names one.
+    """
+    queue = deque([config])
+    while queue:
+        current = queue.popleft()
+        ids = {getattr(current, key, None) for key in _VISION_TOKEN_KEYS} - {None}
+        if ids:
+            return {int(i) for i in ids if i is not None}
+        queue.extend(value for value in vars(current).values() if isinstance(value, PreTrainedConfig))
+    raise ValueError(
+        f"no image token found: looked for {', '.join(_VISION_TOKEN_KEYS)} in {type(config).__name__} and "
+        'its sub-configs. Give each probe batch a "vision_mask" (bool [B, S]).'
+    )
+
+
+def token_masks(config: PreTrainedConfig, batch: Mapping[str, Any], text: TextPositions) -> TokenMasks:
+    """Vision and text positions of a batch.
+
+    Args:
+        config: the model's config.
+        batch: what the model's forward takes: ``input_ids`` ``[B, S]``, perhaps ``attention_mask``; a
+            ``vision_mask`` or ``text_mask`` in it wins over what would be found.
+        text: ``"after_vision"``: valid positions after the sample's first vision position, vision excluded
+            (every valid position of a sample without an image); ``"all"``: every valid position but vision.
+
+    Raises:
+        ValueError: for an unknown ``text``, missing ``input_ids``, a mask of another shape or type, or a
+            config without an image token.
+    """
+    if text not in get_args(TextPositions):
+        raise ValueError(f"text must be one of {', '.join(get_args(TextPositions))}, got {text!r}.")
+    if "input_ids" not in batch:
+        raise ValueError(f'a probe batch needs "input_ids" [B, S], got keys {sorted(batch)}.')
+    input_ids: Tensor = batch["input_ids"]
+    attention_mask = batch.get("attention_mask")
+    valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    _check_mask("attention_mask", valid, input_ids)
+    vision = batch.get("vision_mask")
+    if vision is None:
+        vision = _default_vision_mask(config, batch)
+    _check_mask("vision_mask", vision, input_ids)
+    vision = vision & valid
+    chosen = batch.get("text_mask")
+    if chosen is None:
+        after = vision.cumsum(dim=1) > 0
+        without_image = ~vision.any(dim=1, keepdim=True)
+        chosen = after | without_image if text == "after_vision" else torch.ones_like(valid)
+    _check_mask("text_mask", chosen, input_ids)
+    return TokenMasks(vision, chosen & valid & ~vision)
+
+
+def _default_vision_mask(config: PreTrainedConfig, batch: Mapping[str, Any]) -> Tensor:
+    if "image_embeds_position_mask" in batch:  # kosmos-2, kosmos-2.5
+        return batch["image_embeds_position_mask"].bool()
+    input_ids = batch["input_ids"]
+    return torch.isin(input_ids, torch.tensor(sorted(vision_token_ids(config)), device=input_ids.device))
+
+
+def _check_mask(name: str, mask: Tensor, input_ids: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name} must be a boolean tensor, got {given}.")
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got {list(mask.shape)}."
+        )

@@ -1,0 +1,51 @@
+"""Tiny random Hugging Face models and probes for them."""
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+IMAGE_TOKEN = 3
+
+
+def tiny_llava(seed=0, layers=3, dropout=0.0):
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=12, patch_size=4
+    )
+    text = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=64,
+        attention_dropout=dropout,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def tiny_batch(seed=0, batch=4, before=2, after=7, patches=10, padded=2, labels=True):
+    """Text, an image of 9 patches and CLS, text, then padding for the last sample."""
+    generator = torch.Generator().manual_seed(seed)
+    length = before + patches + after
+    input_ids = torch.randint(4, 64, (batch, length), generator=generator)
+    input_ids[:, before : before + patches] = IMAGE_TOKEN
+    attention_mask = torch.ones_like(input_ids)
+    if padded:
+        attention_mask[-1, -padded:] = 0
+        input_ids[-1, -padded:] = 0
+    made = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": torch.randn(batch, 3, 12, 12, generator=generator),
+    }
+    if labels:
+        made["labels"] = torch.where(attention_mask.bool() & (input_ids != IMAGE_TOKEN), input_ids, -100)
+    return made

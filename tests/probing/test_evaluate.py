@@ -1,0 +1,197 @@
+import gc
+
+import numpy as np
+import pytest
+import torch
+
+from mir_lightning.functional import modality_integration_rate
+from mir_lightning.probing import Probe, evaluate_mir
+from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
+
+
+def _reference_tokens(model, probe, text="after_vision"):
+    """Vision and text tokens by layer, from ``output_hidden_states``, position by position."""
+    vision, text_tokens = [], []
+    for batch in probe:
+        ids, valid = batch["input_ids"], batch["attention_mask"].bool()
+        with torch.no_grad():
+            states = model(**batch, output_hidden_states=True).hidden_states[1:]
+        is_vision = torch.zeros_like(valid)
+        is_text = torch.zeros_like(valid)
+        for row in range(len(ids)):
+            first = next((i for i, token in enumerate(ids[row]) if token == IMAGE_TOKEN), -1)
+            for i, token in enumerate(ids[row]):
+                if token == IMAGE_TOKEN:
+                    is_vision[row, i] = True
+                elif valid[row, i] and (text == "all" or i > first):
+                    is_text[row, i] = True
+        vision.append([s[is_vision] for s in states])
+        text_tokens.append([s[is_text] for s in states])
+    return [[torch.cat(layer) for layer in zip(*batches, strict=True)] for batches in (vision, text_tokens)]
+
+
+@pytest.fixture
+def probe():
+    return Probe([tiny_batch(seed=s) for s in range(3)])
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("text", ["after_vision", "all"])
+def test_equals_the_functional_on_output_hidden_states(probe, variant, text):
+    model = tiny_llava().eval()
+    vision, text_tokens = _reference_tokens(model, probe, text)
+    mir, layers = modality_integration_rate(vision, text_tokens, variant, return_layers=True)
+    result = evaluate_mir(model, probe, variant, text)
+    np.testing.assert_allclose(result.layers, layers, rtol=1e-6)
+    assert result.mir == pytest.approx(mir.item(), rel=1e-6)
+    assert result.vision_tokens == len(vision[0]) == 3 * 4 * 10
+    assert result.text_tokens == len(text_tokens[0])
+    torch.testing.assert_close(result.mean_gap + result.cov_gap, result.layers, rtol=0, atol=0)
+    assert result.effective_rank.shape == result.outliers.shape == (3, 2)
+
+
+def test_batching_of_the_probe_does_not_matter():
+    model = tiny_llava()
+    whole = tiny_batch(batch=6, padded=0)
+    singles = [{k: v[i : i + 1] for k, v in whole.items()} for i in range(6)]
+    a, b = evaluate_mir(model, Probe([whole])), evaluate_mir(model, Probe(singles))
+    np.testing.assert_allclose(a.layers, b.layers, rtol=1e-5)
+    assert a.loss == pytest.approx(b.loss, rel=1e-6)
+
+
+def test_loss_is_the_mean_over_all_labelled_tokens(probe):
+    model = tiny_llava().eval()
+    total, count = 0.0, 0
+    for batch in probe:
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.detach().double()
+        for row, labels in zip(logits.log_softmax(-1), batch["labels"], strict=True):
+            for position in range(1, len(labels)):
+                if labels[position] != -100:
+                    total -= row[position - 1, labels[position]].item()
+                    count += 1
+    result = evaluate_mir(model, probe)
+    assert result.loss == pytest.approx(total / count, rel=1e-6)
+    assert result.perplexity == pytest.approx(np.exp(total / count), rel=1e-6)
+    assert evaluate_mir(model, Probe([tiny_batch(labels=False)])).loss is None
+
+
+def test_masks_in_the_batch_win():
+    model = tiny_llava().eval()
+    batch = tiny_batch()
+    found = evaluate_mir(model, Probe([batch]))
+    vision_mask = batch["input_ids"] == IMAGE_TOKEN
+    text_mask = torch.zeros_like(vision_mask)
+    text_mask[:, 12:] = True
+    given = evaluate_mir(model, Probe([{**batch, "vision_mask": vision_mask, "text_mask": text_mask}]), text="all")
+    assert given.layers.tolist() == found.layers.tolist()
+    vision_mask[:, 2:7] = False
+    assert evaluate_mir(model, Probe([{**batch, "vision_mask": vision_mask}])).mir != found.mir
+
+
+def test_no_more_than_two_layers_are_alive():
+    """Count the [B, S, H] tensors of decoder width alive after each layer."""
+    model = tiny_llava(layers=8)
+    batch = tiny_batch(batch=5, before=3, after=16)
+    shape, alive = (5, 29, 24), []
+
+    def count(*_):
+        gc.collect()
+        storages = {
+            t.untyped_storage().data_ptr()
+            for t in gc.get_objects()
+            if type(t) is torch.Tensor and t.shape == shape
+        }
+        alive.append(len(storages))
+
+    handles = [layer.register_forward_hook(count) for layer in model.model.language_model.layers]
+    evaluate_mir(model, Probe([batch]))
+    [h.remove() for h in handles]
+    assert len(alive) == 8
+    assert max(alive[1:]) <= alive[0] + 1, "memory grows with the depth"
+    assert max(alive) <= 3  # the embeddings, and two layers
+
+
+def test_leaves_no_trace(probe):
+    model = tiny_llava(dropout=0.5).train()
+    model.model.vision_tower.eval()
+    modes = {name: m.training for name, m in model.named_modules()}
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    hooks = _hooks_after_a_forward(model)
+    torch.manual_seed(5)
+    rng = torch.get_rng_state()
+    evaluate_mir(model, probe)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert {name: list(m._forward_hooks) for name, m in model.named_modules()} == hooks
+    assert torch.is_grad_enabled()
+
+
+def _hooks_after_a_forward(model):
+    """transformers leaves hooks of its own on a model's first forward."""
+    model(**tiny_batch())
+    return {name: list(m._forward_hooks) for name, m in model.named_modules()}
+
+
+def test_an_error_inside_leaves_no_trace_either(probe):
+    model = tiny_llava().train()
+    hooks = _hooks_after_a_forward(model)
+    handle = model.model.language_model.layers[1].register_forward_hook(
+        lambda _m, _a, out: torch.full_like(out, torch.nan)
+    )
+    rng = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"vision hidden states of layer 1 hold NaN or inf \(40 of 40 tokens\)"):
+        evaluate_mir(model, probe)
+    handle.remove()
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(m.training for m in model.modules())
+    assert {name: list(m._forward_hooks) for name, m in model.named_modules()} == hooks
+    assert torch.is_grad_enabled()
+
+
+def test_bfloat16_model_and_autocast(probe):
+    reference = evaluate_mir(tiny_llava(), probe)
+    half = evaluate_mir(tiny_llava().to(torch.bfloat16), probe)
+    assert half.mir == pytest.approx(reference.mir, abs=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = evaluate_mir(tiny_llava(), probe)
+    assert mixed.mir == pytest.approx(reference.mir, abs=0.02)
+    assert mixed.mir != reference.mir
+
+
+def test_compiled_model_is_seen():
+    model = tiny_llava().eval()
+    probe = Probe([tiny_batch(labels=False)])
+    expected = evaluate_mir(model, probe).mir
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(**tiny_batch(labels=False))
+    assert evaluate_mir(compiled, probe).mir == pytest.approx(expected, rel=1e-6)
+
+
+def test_probe_without_vision_tokens():
+    batch = tiny_batch()
+    batch["input_ids"][batch["input_ids"] == IMAGE_TOKEN] = 5
+    with pytest.raises(ValueError, match="the probe has 0 vision tokens and needs at least 2: is the image"):
+        evaluate_mir(tiny_llava(), Probe([batch]))
+
+
+def test_probe_without_text_tokens():
+    with pytest.raises(ValueError, match=r'the probe has 0 text tokens .* text="all"'):
+        evaluate_mir(tiny_llava(), Probe([tiny_batch(after=0, padded=0)]))
+
+
+@pytest.mark.parametrize("name", ["vision_mask", "text_mask"])
+def test_masks_of_the_wrong_shape_or_type(name):
+    batch = tiny_batch()
+    with pytest.raises(ValueError, match=rf"{name} must have the shape of input_ids, \[4, 19\], got \[4, 3\]"):
+        evaluate_mir(tiny_llava(), Probe([{**batch, name: torch.ones(4, 3, dtype=torch.bool)}]))
+    with pytest.raises(ValueError, match=rf"{name} must be a boolean tensor, got torch.int64"):
+        evaluate_mir(tiny_llava(), Probe([{**batch, name: batch["input_ids"]}]))
+
+
+def test_unknown_options():
+    with pytest.raises(ValueError, match="variant must be one of"):
+        evaluate_mir(tiny_llava(), Probe([tiny_batch()]), variant="exact")
+    with pytest.raises(ValueError, match="text must be one of after_vision, all, got 'caption'"):
+        evaluate_mir(tiny_llava(), Probe([tiny_batch()]), text="caption")
