@@ -1,0 +1,5 @@
+"""Doors into training loops."""
+
+from mir_lightning.callbacks.mir import MIRCallback
+
+__all__ = ["MIRCallback"]
