@@ -52,9 +52,7 @@ def find_vlm(module: nn.Module, path: str | None = None) -> nn.Module:
         try:
             return module.get_submodule(path)
         except AttributeError as error:
-            raise ValueError(
-                f"model={path!r} names no submodule of {type(module).__name__}: {error}."
-            ) from error
+            raise ValueError(f"model={path!r} names no submodule of {type(module).__name__}: {error}.") from error
     found = dict(_outermost_models(module))
     if not found:
         raise ValueError(

@@ -6,10 +6,15 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 IMAGE_TOKEN = 3
 
 
-def tiny_llava(seed=0, layers=3, dropout=0.0):
+def tiny_llava(seed=0, layers=3, dropout=0.0, vocab_size=64, image_token=IMAGE_TOKEN):
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=12, patch_size=4
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=12,
+        patch_size=4,
     )
     text = LlamaConfig(
         hidden_size=24,
@@ -17,14 +22,14 @@ def tiny_llava(seed=0, layers=3, dropout=0.0):
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        vocab_size=64,
+        vocab_size=vocab_size,
         attention_dropout=dropout,
         pad_token_id=0,
     )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=IMAGE_TOKEN,
+        image_token_index=image_token,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )

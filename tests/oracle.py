@@ -19,9 +19,7 @@ def token_frechet_distance(x, y):
     centred_x = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
     centred_y = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
     # QR first: the singular values of X Y^T are those of R_x R_y^T, of size d.
-    factor_x, factor_y = (
-        np.linalg.qr(c, mode="r") if len(c) > c.shape[1] else c for c in (centred_x, centred_y)
-    )
+    factor_x, factor_y = (np.linalg.qr(c, mode="r") if len(c) > c.shape[1] else c for c in (centred_x, centred_y))
     cross = np.linalg.svd(factor_x @ factor_y.T, compute_uv=False).sum()
     gap = (centred_x**2).sum() + (centred_y**2).sum() - 2 * cross
     return ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum() + gap

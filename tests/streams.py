@@ -15,9 +15,7 @@ def hostile_layers(kind, dtype=torch.float32, layers=2, n_vision=700, n_text=500
             mixing = torch.randn(d, d, generator=generator, dtype=torch.float64)
             x = torch.randn(n, d, generator=generator, dtype=torch.float64) @ mixing + offset
             if kind == "massive":
-                x[torch.randperm(n, generator=generator)[: max(1, n // 100)], 0] += (
-                    1000 * x.norm(dim=1).mean()
-                )
+                x[torch.randperm(n, generator=generator)[: max(1, n // 100)], 0] += 1000 * x.norm(dim=1).mean()
             elif kind == "huge_mean":
                 x += 1e3 * x.std()
             elif kind == "constant":

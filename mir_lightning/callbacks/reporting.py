@@ -41,9 +41,7 @@ def layer_figure(result: MIRResult, step: int) -> Figure:
     axes = figure.subplots()
     layers = range(1, len(result.layers) + 1)
     axes.bar(layers, result.mean_gap, color=_MEAN_COLOUR, label="mean gap", width=0.85)
-    axes.bar(
-        layers, result.cov_gap, bottom=result.mean_gap, color=_COV_COLOUR, label="covariance gap", width=0.85
-    )
+    axes.bar(layers, result.cov_gap, bottom=result.mean_gap, color=_COV_COLOUR, label="covariance gap", width=0.85)
     axes.set(
         xlabel="decoder layer",
         ylabel="Fréchet distance",

@@ -178,12 +178,8 @@ def frechet_distance(
     for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
         _check_floating(name, mean)
         if mean.shape != cov_x.shape[:1]:
-            raise ValueError(
-                f"{name} must have shape [{len(cov_x)}] to go with cov_x, got {list(mean.shape)}."
-            )
-    mean_gap, cov_gap = frechet_gaps(
-        Gaussian.from_moments(mean_x, cov_x), Gaussian.from_moments(mean_y, cov_y)
-    )
+            raise ValueError(f"{name} must have shape [{len(cov_x)}] to go with cov_x, got {list(mean.shape)}.")
+    mean_gap, cov_gap = frechet_gaps(Gaussian.from_moments(mean_x, cov_x), Gaussian.from_moments(mean_y, cov_y))
     return mean_gap + cov_gap
 
 
@@ -206,6 +202,4 @@ def _check_covariances(cov_x: Tensor, cov_y: Tensor) -> None:
         if cov.ndim != 2 or cov.shape[0] != cov.shape[1] or len(cov) == 0:
             raise ValueError(f"{name} must be a square matrix [d, d], got shape {list(cov.shape)}.")
     if cov_x.shape != cov_y.shape:
-        raise ValueError(
-            f"cov_x and cov_y must have one shape, got {list(cov_x.shape)} and {list(cov_y.shape)}."
-        )
+        raise ValueError(f"cov_x and cov_y must have one shape, got {list(cov_x.shape)} and {list(cov_y.shape)}.")

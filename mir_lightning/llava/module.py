@@ -62,7 +62,7 @@ class LlavaPretraining(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the caption tokens."""
-        loss = self.vlm(**batch, use_cache=False).loss
+        loss = self.vlm(**_captions_only(batch), use_cache=False).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -78,3 +78,10 @@ class LlavaPretraining(pl.LightningModule):
         """Write model and processor in Hugging Face format."""
         self.vlm.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+def _captions_only(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The batch, asking for logits only where labels are: everything before the first caption token costs none."""
+    labels = batch["labels"]
+    first = int((labels != -100).any(dim=0).nonzero()[0])
+    return {**batch, "labels": labels[:, first - 1 :], "logits_to_keep": labels.shape[1] - first + 1}

@@ -305,7 +305,7 @@ class ModalityIntegrationRate(Metric):
     def _sync_dist(
         self, dist_sync_fn: Callable[..., list[Tensor]] | None = None, process_group: Any | None = None
     ) -> None:
-        """Merge across ranks: norms are gathered, moments summed; raw tokens travel only if a variant needs them."""
+        """Merge across ranks: norms are gathered, moments summed; raw tokens travel only for official variants."""
         assert dist_sync_fn is not None
         pg = process_group or self.process_group
         for group in self._groups():

@@ -45,8 +45,7 @@ class Probe:
                 raise TypeError(f"batch {index} of the probe must be a dict, got {type(batch).__name__}.")
             if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
                 raise ValueError(
-                    f'batch {index} of the probe needs "input_ids", a tensor [B, S]; its keys are '
-                    f"{sorted(batch)}."
+                    f'batch {index} of the probe needs "input_ids", a tensor [B, S]; its keys are {sorted(batch)}.'
                 )
             self._batches.append({key: _to_cpu(value) for key, value in batch.items()})
         if not self._batches:

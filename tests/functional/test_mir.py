@@ -38,12 +38,8 @@ def test_official_equals_the_accurate_mode_with_scipy_sqrtm():
     expected = []
     for v, t in zip(_numpy(vision), _numpy(text), strict=True):
         alpha = 1 / np.linalg.norm(t, axis=1).mean()
-        v, t = (
-            np.where(oracle.outliers(x)[:, None], oracle.lower_median(x), x) for x in (alpha * v, alpha * t)
-        )
-        expected.append(
-            oracle.frechet_distance(v.mean(0), oracle.covariance(v), t.mean(0), oracle.covariance(t))
-        )
+        v, t = (np.where(oracle.outliers(x)[:, None], oracle.lower_median(x), x) for x in (alpha * v, alpha * t))
+        expected.append(oracle.frechet_distance(v.mean(0), oracle.covariance(v), t.mean(0), oracle.covariance(t)))
     given = modality_integration_rate(vision, text, "official")
     assert given.item() == pytest.approx(np.log10(sum(expected)), rel=1e-6)
 
@@ -81,7 +77,7 @@ def test_scale_of_all_tokens_does_not_matter():
 @pytest.mark.parametrize(
     ("vision", "text", "error", "message"),
     [
-        ([torch.randn(4, 3)], [], ValueError, "same number of layers, one at least, got 1 and 0"),
+        ([torch.randn(4, 3)], [], ValueError, "same number of layers, at least one, got 1 and 0"),
         ([torch.randn(4, 3)], [torch.randn(4, 2)], ValueError, "one width, got 3 and 2"),
         ([torch.randn(1, 3)], [torch.randn(4, 3)], ValueError, r"vision has 1 token\(s\) in layer 0"),
         ([torch.randn(4, 3)], [torch.randn(0, 3)], ValueError, r"text has 0 token\(s\) in layer 0"),

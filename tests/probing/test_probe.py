@@ -15,7 +15,9 @@ def test_fingerprint_tells_contents_apart():
     renamed["pixels"] = renamed.pop("pixel_values")
     prints = {reference.fingerprint, Probe([changed]).fingerprint, Probe([renamed]).fingerprint}
     prints.add(Probe([tiny_batch()] * 2).fingerprint)
-    prints.add(Probe([{k: v.double() if v.is_floating_point() else v for k, v in tiny_batch().items()}]).fingerprint)
+    prints.add(
+        Probe([{k: v.double() if v.is_floating_point() else v for k, v in tiny_batch().items()}]).fingerprint
+    )
     assert len(prints) == 5
 
 
@@ -23,7 +25,9 @@ def test_from_data_loader_callable_and_bfloat16():
     samples = [{k: v[0] for k, v in tiny_batch(seed=s, batch=1).items()} for s in range(4)]
     loader = DataLoader(samples, batch_size=2)
     assert len(Probe(loader)) == 2
-    assert Probe.of(lambda: loader).fingerprint == Probe.of(loader).fingerprint == Probe.of(Probe(loader)).fingerprint
+    assert (
+        Probe.of(lambda: loader).fingerprint == Probe.of(loader).fingerprint == Probe.of(Probe(loader)).fingerprint
+    )
     assert Probe([{**tiny_batch(), "pixel_values": torch.zeros(1, dtype=torch.bfloat16)}]).fingerprint
 
 

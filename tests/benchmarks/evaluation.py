@@ -1,0 +1,66 @@
+"""Time of ``evaluate_mir`` against the bare forward pass of the same probe, in one process.
+
+    python -m tests.benchmarks.evaluation [--pairs 3] [--samples 60] [--length 256]
+
+SmolLM2-135M and EfficientNet-Lite0 with packaged weights. Runs are paired, bare then evaluated; the minimum of
+each is compared. The bare forward computes what the evaluation's forward computes: last logits only, no cache.
+"""
+
+import argparse
+import time
+
+import torch
+
+from mir_lightning import Probe, evaluate_mir
+from mir_lightning.llava.backbones import build_packaged_llava, build_packaged_processor
+from mir_lightning.llava.shapes import draw_sample
+
+
+def _probe(samples, length, batch_size=4, pictures=2):
+    """``pictures`` of 49 vision tokens a sample, then text up to ``length`` tokens."""
+    processor = build_packaged_processor()
+    words = processor.tokenizer(" ".join(draw_sample("train", i)[1] for i in range(40)))["input_ids"]
+    batches = []
+    for start in range(0, samples, batch_size):
+        indices = range(start, min(start + batch_size, samples))
+        images = [draw_sample("held_out", i * pictures + j)[0] for i in indices for j in range(pictures)]
+        image_ids = [processor.image_token_id] * 49 * pictures
+        rows = []
+        for i in indices:
+            shifted = words[i % 50 :] + words[: i % 50]
+            rows.append([1, *image_ids, *shifted][:length])
+        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        batches.append({"input_ids": torch.tensor(rows), "pixel_values": pixels})
+    return Probe(batches)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--length", type=int, default=256)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = build_packaged_llava().eval()
+    for part in model.model.multi_modal_projector.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.reset_parameters()
+    probe = _probe(options.samples, options.length, pictures=3)
+    bare, evaluated = [], []
+    for _ in range(options.pairs):
+        start = time.perf_counter()
+        with torch.no_grad():
+            for batch in probe:
+                model(**batch, use_cache=False, logits_to_keep=1)
+        bare.append(time.perf_counter() - start)
+        result = evaluate_mir(model, probe)
+        evaluated.append(result.seconds)
+    print(f"{'vision tokens':<24}{result.vision_tokens:>10}")
+    print(f"{'text tokens':<24}{result.text_tokens:>10}")
+    print(f"{'bare forward (s)':<24}{min(bare):>10.2f}")
+    print(f"{'evaluate_mir (s)':<24}{min(evaluated):>10.2f}")
+    print(f"{'ratio of minima':<24}{min(evaluated) / min(bare):>10.3f}")
+
+
+if __name__ == "__main__":
+    main()

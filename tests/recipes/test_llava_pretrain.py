@@ -1,0 +1,75 @@
+"""The recipe as a user runs it, with the packaged real weights."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+ROOT = Path(__file__).parents[2]
+DEMO, UNFROZEN = (str(ROOT / "recipes" / "configs" / f"{name}.yaml") for name in ("demo", "demo_unfrozen"))
+SMALL = ["--data.batch_size=2", "--data.probe_size=4", "--mir.every_n_steps=1", "--trainer.max_steps=2"]
+
+
+def _recipe(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "llava_pretrain.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+
+
+@pytest.mark.parametrize("config", [DEMO, UNFROZEN])
+def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, config):
+    override = tmp_path / "more.yaml"
+    override.write_text(yaml.safe_dump({"trainer": {"precision": "32-true"}}))
+    run = _recipe("fit", "--config", config, "--config", str(override), *SMALL, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines() if line]
+    header = lines.index(["step", "held-out", "loss", "perplexity", "MIR"])
+    steps = [line[0] for line in lines[header + 1 : header + 4]]
+    assert steps == ["0", "1", "2"]
+    named = {line[0]: line[-1] for line in lines[header + 4 :]}
+    pictures = [Path(tmp_path / line[1]) for line in lines if line[0] == "picture"]
+    assert [p.name for p in pictures] == ["curves.png", "layers.png", "heatmap.png"]
+    assert all(p.stat().st_size > 5000 for p in pictures)
+    with (tmp_path / named["numbers"]).open() as file:
+        mir = [row["mir"] for row in csv.DictReader(file) if row["mir"]]
+    assert [f"{float(value):.3f}" for value in mir] == [line[3] for line in lines[header + 1 : header + 4]]
+    assert f"wandb sync {named['W&B']}" in run.stdout
+    assert (tmp_path / named["W&B"]).is_dir()
+
+    import mir_lightning.llava.backbones  # noqa: F401
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / named["model"])
+    assert AutoProcessor.from_pretrained(tmp_path / named["model"]).image_token_id == model.config.image_token_id
+
+
+def test_print_config_of_several_files_is_the_run_that_would_start():
+    run = _recipe("fit", "--config", DEMO, "--config", UNFROZEN, "--trainer.max_steps=4", "--print_config")
+    assert run.returncode == 0, run.stderr
+    config = yaml.safe_load(run.stdout)
+    assert config["trainer"]["max_steps"] == 4
+    assert config["model"]["llm_lr"] == 5e-5
+    assert "probe" not in config["mir"]
+
+
+def test_help_tells_what_the_options_do():
+    run = _recipe("fit", "--help")
+    assert run.returncode == 0
+    for text in (
+        "--mir.every_n_steps",
+        "optimizer steps between evaluations",
+        "peak learning rate of the projector",
+    ):
+        assert text in run.stdout
+
+
+def test_a_config_key_that_does_not_exist_is_named():
+    run = _recipe("fit", "--config", DEMO, "--model.projector_rate=1")
+    assert run.returncode == 2
+    assert "projector_rate" in run.stderr
