@@ -38,7 +38,7 @@ class TokenMasks(NamedTuple):
     text: Tensor
 
 
-def find_vlm(module: nn.Module, path: str | None = None) -> nn.Module:
+def find_vlm(module: nn.Module, path: str | None = None) -> PreTrainedModel:
     """The Hugging Face model inside ``module``: the module itself, or the outermost one it holds.
 
     Args:
@@ -50,10 +50,10 @@ def find_vlm(module: nn.Module, path: str | None = None) -> nn.Module:
     """
     if path is not None:
         try:
-            return module.get_submodule(path)
+            module = module.get_submodule(path)
         except AttributeError as error:
             raise ValueError(f"model={path!r} names no submodule of {type(module).__name__}: {error}.") from error
-    found = dict(_outermost_models(module))
+    found = {name: model for model, name in {m: n for n, m in _outermost_models(module)}.items()}
     if not found:
         raise ValueError(
             f"{type(module).__name__} holds no Hugging Face model (transformers.PreTrainedModel): "
@@ -67,7 +67,7 @@ def find_vlm(module: nn.Module, path: str | None = None) -> nn.Module:
     return next(iter(found.values()))
 
 
-def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
     if isinstance(module, PreTrainedModel):
         yield name, module
         return
@@ -108,8 +108,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(layers, norms)
 
 
-def _innermost_decoder(model: nn.Module) -> nn.Module:
-    seen: list[nn.Module] = [model]
+def _innermost_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    seen: list[PreTrainedModel] = [model]
     while hasattr(seen[-1], "get_decoder"):
         decoder = seen[-1].get_decoder()
         if decoder is None or any(decoder is module for module in seen):

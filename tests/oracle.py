@@ -43,11 +43,8 @@ def mir_layers(vision, text, variant="paper"):
         for tokens in (v, t):
             tokens = alpha * tokens
             bad = outliers(tokens)
-            if variant == "paper":
-                tokens = tokens[~bad]
-            else:
-                tokens = np.where(bad[:, None], lower_median(tokens), tokens)
-            cleaned.append(tokens)
+            replaced = np.where(bad[:, None], lower_median(tokens), tokens)
+            cleaned.append(tokens[~bad] if variant == "paper" else replaced)
         distances.append(token_frechet_distance(*cleaned))
     return np.array(distances)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from transformers import PreTrainedModel
 
 from mir_lightning.callbacks.reporting import (
     define_wandb_metric,
@@ -82,7 +82,7 @@ class MIRCallback(pl.Callback):
         self.on_error = on_error
         self.history: list[dict[str, Any]] = []
         self._last_step: int | None = None
-        self._vlm: nn.Module | None = None
+        self._vlm: PreTrainedModel | None = None
         self._warned: set[str] = set()
 
     @property
@@ -95,7 +95,7 @@ class MIRCallback(pl.Callback):
         self._vlm = find_vlm(pl_module, self.model)
         find_decoder(self._vlm)
         self.probe = Probe.of(self.probe)
-        check_probe(find_vlm(self._vlm), self.probe, self.text)
+        check_probe(self._vlm, self.probe, self.text)
         define_wandb_metric(trainer, self.name)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

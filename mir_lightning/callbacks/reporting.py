@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 # Okabe and Ito: told apart with any colour vision.
 _MEAN_COLOUR, _COV_COLOUR, _LOSS_COLOUR = "#0072B2", "#E69F00", "#009E73"
-_PANEL = {"figsize": (6.4, 3.6), "dpi": 120, "layout": "constrained"}
 
 
 def scalars(result: MIRResult, name: str = "mir") -> dict[str, float]:
@@ -37,6 +36,8 @@ def scalars(result: MIRResult, name: str = "mir") -> dict[str, float]:
 
 def layer_figure(result: MIRResult, step: int) -> Figure:
     """Fréchet distance by layer, split into mean gap and covariance gap."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure()
     axes = figure.subplots()
     layers = range(1, len(result.layers) + 1)
@@ -48,7 +49,7 @@ def layer_figure(result: MIRResult, step: int) -> Figure:
         title=f"Step {step}: MIR {result.mir:.3f}",
         xlim=(0.4, len(result.layers) + 0.6),
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -57,6 +58,7 @@ def layer_figure(result: MIRResult, step: int) -> Figure:
 def heatmap_figure(steps: Sequence[int], layers: Sequence[Sequence[float]]) -> Figure:
     """Fréchet distance by layer and step: where in the model alignment happens, and when."""
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     figure = _figure()
     axes = figure.subplots()
@@ -73,7 +75,7 @@ def heatmap_figure(steps: Sequence[int], layers: Sequence[Sequence[float]]) -> F
     )
     shown = range(0, len(steps), max(1, -(-len(steps) // 10)))
     axes.set_xticks(list(shown), [str(steps[i]) for i in shown])
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="optimizer step", ylabel="decoder layer", title="Fréchet distance of vision and text")
     figure.colorbar(image, label="Fréchet distance")
     return figure
@@ -94,8 +96,8 @@ def curve_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     panels[1].set_ylabel("cross-entropy (nats per token)")
     panels[2].plot(steps, [point["vision_rank"] for point in history], "o-", color=_MEAN_COLOUR, label="vision")
     panels[2].plot(steps, [point["text_rank"] for point in history], "s--", color=_COV_COLOUR, label="text")
-    panels[2].set_title("Effective rank, mean over layers")
-    panels[2].set_ylabel("dimensions")
+    panels[2].set_title("Effective rank")
+    panels[2].set_ylabel("dimensions (mean over layers)")
     panels[2].legend(frameon=False)
     for axes in panels:
         axes.set_xlabel("optimizer step")
@@ -108,7 +110,7 @@ def _figure() -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "mir-lightning[recipes]"') from error
-    return Figure(**_PANEL)
+    return Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
 
 
 def log_scalars(trainer: pl.Trainer, values: dict[str, float]) -> None:

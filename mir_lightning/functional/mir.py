@@ -127,9 +127,11 @@ def token_layer_distance(vision: Tensor, text: Tensor, variant: Variant, layer: 
         cleaned.append(tokens[inlier] if variant == "paper" else _replace(tokens, inlier))
         check_count(modality, len(cleaned[-1]), layer)
     scale = text_scale(norms[1], layer)
-    result = layer_distance(*map(Gaussian.from_tokens, cleaned), scale, [len(n) for n in norms], outliers)
+    gaussians = [Gaussian.from_tokens(tokens) for tokens in cleaned]
+    result = layer_distance(gaussians[0], gaussians[1], scale, [len(n) for n in norms], outliers)
     if variant == "official-fast":
-        cov_gap = _five_step_cov_gap(*(tokens.float() * scale.float() for tokens in cleaned), layer)
+        scaled = [tokens.float() * scale.float() for tokens in cleaned]
+        cov_gap = _five_step_cov_gap(scaled[0], scaled[1], layer)
         return result._replace(cov_gap=cov_gap)
     return result
 

@@ -80,7 +80,7 @@ def build_packaged_llava() -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision.config,
         text_config=llm.config,
-        image_token_index=_packaged_tokenizer().convert_tokens_to_ids(_IMAGE_TOKEN),
+        image_token_index=_packaged_tokenizer().get_vocab()[_IMAGE_TOKEN],
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         image_seq_length=(vision.config.image_size // vision.config.patch_size) ** 2,

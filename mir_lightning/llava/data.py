@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import ProcessorMixin
+from transformers import LlavaProcessor
 
 from mir_lightning.llava.shapes import Split, draw_sample
 from mir_lightning.probing.probe import Probe
@@ -32,7 +32,7 @@ class CaptionCollator:
         processor: tokenizer and image processor of the model, with an ``image_token``.
     """
 
-    def __init__(self, processor: ProcessorMixin) -> None:
+    def __init__(self, processor: LlavaProcessor) -> None:
         self.processor = processor
         self.prompt = _PROMPT.format(image=processor.image_token)
 
@@ -121,7 +121,9 @@ class ShapesDataModule(pl.LightningDataModule):
             **workers,
         )
 
-    def _processor(self) -> ProcessorMixin:
+    def _processor(self) -> LlavaProcessor:
         if self.trainer is None:
             raise RuntimeError("ShapesDataModule takes its processor from the module: attach it to a Trainer.")
-        return self.trainer.lightning_module.processor
+        module = self.trainer.lightning_module
+        assert isinstance(module.processor, LlavaProcessor)
+        return module.processor

@@ -84,4 +84,5 @@ def _captions_only(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """The batch, asking for logits only where labels are: everything before the first caption token costs none."""
     labels = batch["labels"]
     first = int((labels != -100).any(dim=0).nonzero()[0])
-    return {**batch, "labels": labels[:, first - 1 :], "logits_to_keep": labels.shape[1] - first + 1}
+    start = max(first - 1, 0)  # the token before predicts the first one
+    return {**batch, "labels": labels[:, start:], "logits_to_keep": labels.shape[1] - start}

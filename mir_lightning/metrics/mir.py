@@ -212,8 +212,8 @@ class ModalityIntegrationRate(Metric):
 
     def _layer_distance(self, layer: int) -> LayerDistance:
         if self.variant != "paper":
-            tokens = [self._all_rows(f"{modality}_{layer}") for modality in _MODALITIES]
-            return token_layer_distance(*tokens, self.variant, layer)
+            vision, text = (self._all_rows(f"{modality}_{layer}") for modality in _MODALITIES)
+            return token_layer_distance(vision, text, self.variant, layer)
         gaussians, counts, outliers, scale = [], [], [], torch.zeros(())
         for modality in _MODALITIES:
             group = f"{modality}_{layer}"
@@ -237,7 +237,7 @@ class ModalityIntegrationRate(Metric):
             gaussians.append(self._gaussian(group, rows[inlier]))
             if modality == "text":
                 scale = text_scale(norms, layer)
-        return layer_distance(*gaussians, scale, counts, outliers)
+        return layer_distance(gaussians[0], gaussians[1], scale, counts, outliers)
 
     def _gaussian(self, group: str, rows: Tensor) -> Gaussian:
         moments = self._state(group, "moments")
@@ -298,7 +298,7 @@ class ModalityIntegrationRate(Metric):
         for name in self._defaults:
             merged = incoming_state[name] + getattr(self, name)
             if name.endswith("_moments") and len(merged) == 2:
-                merged = [merge_moments(*merged, self.hidden_size)]
+                merged = [merge_moments(merged[0], merged[1], self.hidden_size)]
             setattr(self, name, merged)
         self._computed = None
 

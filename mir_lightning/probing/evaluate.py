@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mir_lightning.functional.mir import Variant, check_variant
 from mir_lightning.metrics.mir import AccumulatedOutlierError, ModalityIntegrationRate
@@ -120,7 +121,7 @@ def evaluate_mir(
     )
 
 
-def check_probe(vlm: nn.Module, probe: Probe, text: TextPositions) -> list[TokenMasks]:
+def check_probe(vlm: PreTrainedModel, probe: Probe, text: TextPositions) -> list[TokenMasks]:
     """Vision and text positions of each batch; a ``ValueError`` if a modality has fewer than two in all."""
     masks = [token_masks(vlm.config, batch, text) for batch in probe]
     for modality, hint in (
@@ -136,7 +137,7 @@ def check_probe(vlm: nn.Module, probe: Probe, text: TextPositions) -> list[Token
 class _ProbeRun:
     """One run of a probe: hooks that feed the metric, and the loss of the same forwards."""
 
-    def __init__(self, vlm: nn.Module, variant: Variant) -> None:
+    def __init__(self, vlm: PreTrainedModel, variant: Variant) -> None:
         self.vlm = vlm
         self.variant = variant
         self.decoder = find_decoder(vlm)
@@ -236,7 +237,7 @@ def _to_model(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[st
     return inputs
 
 
-def _lean_options(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _lean_options(vlm: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """No cache, and no logits beyond the last position unless a loss needs them."""
     accepted = inspect.signature(vlm.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
