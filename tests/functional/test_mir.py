@@ -100,3 +100,14 @@ def test_bad_input(vision, text, error, message):
 def test_unknown_variant():
     with pytest.raises(ValueError, match="variant must be one of paper, official, official-fast, got 'fast'"):
         modality_integration_rate([torch.randn(4, 3)], [torch.randn(4, 3)], "fast")
+
+
+def test_the_standard_deviation_of_the_outlier_rule_is_unbiased():
+    """One of 8 norms apart from the others is an inlier for n - 1, and would be an outlier for n."""
+    norms = np.array([1.0] * 7 + [2.0])
+    assert 3 * norms.std() < 1 < 3 * norms.std(ddof=1)
+    directions = np.random.default_rng(0).standard_normal((8, 3))
+    vision = directions / np.linalg.norm(directions, axis=1, keepdims=True) * norms[:, None]
+    text = np.random.default_rng(1).standard_normal((30, 3))
+    given = modality_integration_rate([torch.from_numpy(vision)], [torch.from_numpy(text)])
+    assert given.item() == pytest.approx(oracle.mir([vision], [text]), rel=1e-9)
