@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from mir_lightning.functional.checks import check_choice
 
 TextPositions = Literal["after_vision", "all"]
 
@@ -53,7 +55,7 @@ def find_vlm(module: nn.Module, path: str | None = None) -> PreTrainedModel:
             module = module.get_submodule(path)
         except AttributeError as error:
             raise ValueError(f"model={path!r} names no submodule of {type(module).__name__}: {error}.") from error
-    found = {name: model for model, name in {m: n for n, m in _outermost_models(module)}.items()}
+    found = {model: name for name, model in _outermost_models(module)}
     if not found:
         raise ValueError(
             f"{type(module).__name__} holds no Hugging Face model (transformers.PreTrainedModel): "
@@ -61,10 +63,10 @@ def find_vlm(module: nn.Module, path: str | None = None) -> PreTrainedModel:
         )
     if len(found) > 1:
         raise ValueError(
-            f"{type(module).__name__} holds {len(found)} Hugging Face models ({', '.join(found)}): "
+            f"{type(module).__name__} holds {len(found)} Hugging Face models ({', '.join(found.values())}): "
             'say which one is the vision-language model with model="path.to.it".'
         )
-    return next(iter(found.values()))
+    return next(iter(found))
 
 
 def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
@@ -75,7 +77,7 @@ def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
         yield from _outermost_models(child, f"{name}.{child_name}" if name else child_name)
 
 
-def find_decoder(model: nn.Module) -> Decoder:
+def find_decoder(model: PreTrainedModel) -> Decoder:
     """Decoder layers and final norm of a Hugging Face model.
 
     ``get_decoder()`` until it settles, then the shallowest ``ModuleList`` as long as the text config says.
@@ -84,24 +86,22 @@ def find_decoder(model: nn.Module) -> Decoder:
         ValueError: for an encoder-decoder, for a decoder that sees images through cross-attention (its
             vision tokens never enter the sequence), or where no such list is found.
     """
-    base = find_vlm(model)
-    config = base.config
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(base).__name__} is an encoder-decoder: its vision tokens never enter the decoder's "
+            f"{type(model).__name__} is an encoder-decoder: its vision tokens never enter the decoder's "
             "sequence, so MIR is not defined for it."
         )
-    decoder = _innermost_decoder(base)
+    decoder = _innermost_decoder(model)
     depth = decoder.config.get_text_config(decoder=True).num_hidden_layers
     owner, layers = _shallowest_list(decoder, depth)
     if layers is None or owner is None:
         raise ValueError(
-            f"no decoder layers found in {type(base).__name__}: looked for a ModuleList of {depth} "
+            f"no decoder layers found in {type(model).__name__}: looked for a ModuleList of {depth} "
             f"(num_hidden_layers) inside {type(decoder).__name__}."
         )
     if any(cross in name for name, _ in layers.named_modules() for cross in _CROSS_ATTENTION_NAMES):
         raise ValueError(
-            f"{type(base).__name__} sees images through cross-attention: its vision tokens never enter the "
+            f"{type(model).__name__} sees images through cross-attention: its vision tokens never enter the "
             "decoder's sequence, so MIR is not defined for it."
         )
     norms = tuple(child for child in owner.children() if "norm" in type(child).__name__.lower())
@@ -163,8 +163,7 @@ def token_masks(config: PreTrainedConfig, batch: Mapping[str, Any], text: TextPo
         ValueError: for an unknown ``text``, missing ``input_ids``, a mask of another shape or type, or a
             config without an image token.
     """
-    if text not in get_args(TextPositions):
-        raise ValueError(f"text must be one of {', '.join(get_args(TextPositions))}, got {text!r}.")
+    check_choice("text", text, TextPositions)
     if "input_ids" not in batch:
         raise ValueError(f'a probe batch needs "input_ids" [B, S], got keys {sorted(batch)}.')
     input_ids: Tensor = batch["input_ids"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -17,7 +17,8 @@ from mir_lightning.callbacks.reporting import (
     log_scalars,
     scalars,
 )
-from mir_lightning.functional.mir import Variant, check_variant
+from mir_lightning.functional.checks import check_at_least_one, check_choice
+from mir_lightning.functional.mir import Variant
 from mir_lightning.probing.evaluate import MIRResult, check_probe, evaluate_mir
 from mir_lightning.probing.probe import Probe, ProbeLike
 from mir_lightning.vlm import TextPositions, find_decoder, find_vlm
@@ -65,12 +66,10 @@ class MIRCallback(pl.Callback):
         name: str = "mir",
         on_error: OnError = "warn",
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}.")
-        check_variant(variant)
-        for option, value, known in (("text", text, TextPositions), ("on_error", on_error, OnError)):
-            if value not in get_args(known):
-                raise ValueError(f"{option} must be one of {', '.join(get_args(known))}, got {value!r}.")
+        check_at_least_one(every_n_steps=every_n_steps)
+        check_choice("variant", variant, Variant)
+        check_choice("text", text, TextPositions)
+        check_choice("on_error", on_error, OnError)
         self.probe = probe
         self.every_n_steps = every_n_steps
         self.at_start = at_start

@@ -9,10 +9,12 @@ which holds at any rank, needs no complex arithmetic, and cannot go negative.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mir_lightning.functional.checks import check_choice
 
 TraceMethod = Literal["auto", "exact"]
 
@@ -139,7 +141,7 @@ def trace_sqrt_product(cov_x: Tensor, cov_y: Tensor, method: TraceMethod = "auto
         >>> trace_sqrt_product(torch.diag(torch.tensor([4.0, 9.0])), torch.eye(2))
         tensor(5., dtype=torch.float64)
     """
-    _check_method(method)
+    check_choice("method", method, TraceMethod)
     _check_covariances(cov_x, cov_y)
     return _nuclear_norm(covariance_factor(cov_x.double()).T @ covariance_factor(cov_y.double()))
 
@@ -173,7 +175,7 @@ def frechet_distance(
         >>> frechet_distance(mean, cov, mean + 1, 4 * cov)
         tensor(4., dtype=torch.float64)
     """
-    _check_method(method)
+    check_choice("method", method, TraceMethod)
     _check_covariances(cov_x, cov_y)
     for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
         _check_floating(name, mean)
@@ -181,11 +183,6 @@ def frechet_distance(
             raise ValueError(f"{name} must have shape [{len(cov_x)}] to go with cov_x, got {list(mean.shape)}.")
     mean_gap, cov_gap = frechet_gaps(Gaussian.from_moments(mean_x, cov_x), Gaussian.from_moments(mean_y, cov_y))
     return mean_gap + cov_gap
-
-
-def _check_method(method: str) -> None:
-    if method not in get_args(TraceMethod):
-        raise ValueError(f"method must be one of {', '.join(get_args(TraceMethod))}, got {method!r}.")
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -7,11 +7,12 @@ Integration Rate" (arXiv 2410.07167), section 3, and its released ``mir.py``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.frechet import Gaussian, frechet_gaps
 
 Variant = Literal["paper", "official", "official-fast"]
@@ -44,12 +45,6 @@ class LayerDistance(NamedTuple):
         return self.mean_gap + self.cov_gap
 
 
-def check_variant(variant: str) -> None:
-    """Raise a ``ValueError`` for a variant that does not exist."""
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}.")
-
-
 def check_tokens(modality: str, tokens: Tensor, layer: int) -> None:
     """Raise a clear error unless ``tokens`` is a floating point ``[n, d]`` tensor."""
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
@@ -59,9 +54,14 @@ def check_tokens(modality: str, tokens: Tensor, layer: int) -> None:
         raise ValueError(f"{modality} tokens of layer {layer} must be [n, d], got {list(tokens.shape)}.")
 
 
+def norms_of(tokens: Tensor) -> Tensor:
+    """L2 norms ``[n]`` of tokens ``[n, d]``, in float64."""
+    return torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64)
+
+
 def token_norms(modality: str, tokens: Tensor, layer: int) -> Tensor:
-    """L2 norms ``[n]`` of tokens ``[n, d]`` in float64; a ``ValueError`` names the layer if any is not finite."""
-    norms = torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64)
+    """:func:`norms_of` tokens; a ``ValueError`` names the layer if any is not finite."""
+    norms = norms_of(tokens)
     if not norms.isfinite().all():
         raise ValueError(
             f"{modality} hidden states of layer {layer} hold NaN or inf "
@@ -196,7 +196,7 @@ def modality_integration_rate(
         >>> round(modality_integration_rate(vision, text).item(), 3)
         0.643
     """
-    check_variant(variant)
+    check_choice("variant", variant, Variant)
     if len(vision) != len(text) or not len(vision):
         raise ValueError(
             f"vision and text must hold the same number of layers, at least one, "

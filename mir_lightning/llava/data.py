@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
+from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.llava.shapes import Split, draw_sample
 from mir_lightning.probing.probe import Probe
 
@@ -91,13 +92,7 @@ class ShapesDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("num_samples", num_samples),
-            ("probe_size", probe_size),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_at_least_one(batch_size=batch_size, num_samples=num_samples, probe_size=probe_size)
         self.batch_size = batch_size
         self.num_samples = num_samples
         self.probe_size = probe_size

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from mir_lightning.functional.checks import check_at_least_one, check_choice
 from mir_lightning.functional.frechet import Gaussian
 from mir_lightning.functional.mir import (
     LayerDistance,
     Variant,
     check_count,
     check_tokens,
-    check_variant,
     inlier_bounds,
     is_inlier,
     layer_distance,
+    norms_of,
     text_scale,
     token_layer_distance,
     token_norms,
@@ -92,10 +93,8 @@ class ModalityIntegrationRate(Metric):
 
     def __init__(self, num_layers: int, hidden_size: int, variant: Variant = "paper", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name, value in (("num_layers", num_layers), ("hidden_size", hidden_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        check_variant(variant)
+        check_at_least_one(num_layers=num_layers, hidden_size=hidden_size)
+        check_choice("variant", variant, Variant)
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.variant = variant
@@ -170,7 +169,7 @@ class ModalityIntegrationRate(Metric):
         outlier among all seen so far.
         """
         tokens = torch.cat([*self._state(group, "rows"), tokens])
-        norms = _norms(tokens)
+        norms = norms_of(tokens)
         seen = torch.cat([*self._state(group, "norms"), norms])
         median, outlier_margin = inlier_bounds(seen)
         offset = (norms - median).abs()
@@ -218,7 +217,7 @@ class ModalityIntegrationRate(Metric):
         for modality in _MODALITIES:
             group = f"{modality}_{layer}"
             rows = self._all_rows(group)
-            row_norms = _norms(rows)
+            row_norms = norms_of(rows)
             known, dropped = (self._all_norms(group, state) for state in ("norms", "dropped"))
             norms = torch.cat([known, dropped, row_norms])
             check_count(modality, len(norms), layer)
@@ -284,7 +283,7 @@ class ModalityIntegrationRate(Metric):
         self._computed = None
 
     def _seen_norms(self, group: str) -> Tensor:
-        rows = _norms(self._all_rows(group))
+        rows = norms_of(self._all_rows(group))
         return torch.cat([self._all_norms(group, "norms"), self._all_norms(group, "dropped"), rows])
 
     def reset(self) -> None:
@@ -318,7 +317,7 @@ class ModalityIntegrationRate(Metric):
     def _sync_moments(self, group: str, dist_sync_fn: Callable[..., list[Tensor]], pg: Any) -> None:
         """The norms of all ranks decide which held tokens are inliers, so each rank adds its own."""
         rows = self._all_rows(group)
-        row_norms = _norms(rows)
+        row_norms = norms_of(rows)
         known = torch.cat(dist_sync_fn(self._all_norms(group, "norms"), group=pg))
         open_norms = torch.cat(dist_sync_fn(row_norms, group=pg))
         dropped = torch.cat(dist_sync_fn(self._all_norms(group, "dropped"), group=pg))
@@ -339,10 +338,6 @@ class ModalityIntegrationRate(Metric):
         setattr(self, f"{group}_dropped", [torch.cat([dropped, open_norms[~open_inlier]])])
         setattr(self, f"{group}_rows", [])
         setattr(self, f"{group}_moments", [all_reduce_moments(packed, self.hidden_size, pg)])
-
-
-def _norms(tokens: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64)
 
 
 def _usual_margin(norms: Tensor, median: Tensor, outlier_margin: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mir_lightning.functional.mir import Variant, check_variant
+from mir_lightning.functional.checks import check_choice
+from mir_lightning.functional.mir import Variant
 from mir_lightning.metrics.mir import AccumulatedOutlierError, ModalityIntegrationRate
 from mir_lightning.probing.isolation import leave_no_trace
 from mir_lightning.probing.probe import Batch, Probe
@@ -88,7 +89,7 @@ def evaluate_mir(
             does not fit, hidden states are not finite (naming the layer), or an option is unknown.
     """
     start = time.perf_counter()
-    check_variant(variant)
+    check_choice("variant", variant, Variant)
     vlm = find_vlm(model)
     masks = check_probe(vlm, probe, text)
     run = _ProbeRun(vlm, variant)

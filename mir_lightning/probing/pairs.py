@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.probing.probe import Batch, Probe
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
@@ -25,9 +26,7 @@ def pair_probe(processor: Any, images: Path, texts: Path, num: int, batch_size: 
     Raises:
         ValueError: if ``num`` or ``batch_size`` is below 1, or a folder holds fewer than ``num`` files.
     """
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    check_at_least_one(num=num, batch_size=batch_size)
     pictures = _files(images, _IMAGE_SUFFIXES, num, "images")
     stories = _files(texts, _TEXT_SUFFIXES, num, "texts")
     return Probe(_batches(processor, pictures, stories, batch_size))
