@@ -32,17 +32,14 @@ def folders(tmp_path):
     return tmp_path, model, processor
 
 
+def _eval(root):
+    """Arguments of ``mir-lightning eval`` on the fixture's folders."""
+    return ["eval", str(root / "model"), "--images", str(root / "images"), "--texts", str(root / "texts")]
+
+
 def test_eval_prints_and_writes_the_number(folders, capsys):
     root, model, processor = folders
-    arguments = [
-        "eval",
-        str(root / "model"),
-        "--images",
-        str(root / "images"),
-        "--texts",
-        str(root / "texts"),
-    ]
-    assert cli.main([*arguments, "--num", "3", "--batch-size", "2", "--json", str(root / "out.json")]) == 0
+    assert cli.main([*_eval(root), "--num", "3", "--batch-size", "2", "--json", str(root / "out.json")]) == 0
     probe = pair_probe(processor, root / "images", root / "texts", 3, 2)
     expected = evaluate_mir(model, probe)
     written = json.loads((root / "out.json").read_text())
@@ -61,15 +58,7 @@ def test_a_story_ends_before_its_highlights(folders):
 
 def test_failures_are_one_line_and_status_1(folders, capsys):
     root, _, _ = folders
-    arguments = [
-        "eval",
-        str(root / "model"),
-        "--images",
-        str(root / "images"),
-        "--texts",
-        str(root / "texts"),
-    ]
-    assert cli.main(arguments) == 1
+    assert cli.main(_eval(root)) == 1
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("mir-lightning: images: ")
     assert "holds 3 files" in error

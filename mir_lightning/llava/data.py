@@ -36,6 +36,8 @@ class CaptionCollator:
     def __init__(self, processor: LlavaProcessor) -> None:
         self.processor = processor
         self.prompt = _PROMPT.format(image=processor.image_token)
+        after_image = _PROMPT.split("{image}")[1]
+        self._tokens_after_image = len(processor.tokenizer(after_image)["input_ids"])
 
     def __call__(self, samples: Sequence[tuple[Image.Image, str]]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask``, ``labels`` ``[B, S]`` and ``pixel_values`` ``[B, 3, H, W]``."""
@@ -46,13 +48,14 @@ class CaptionCollator:
             padding_side="right",
             return_tensors="pt",
         )
-        positions = torch.arange(batch["input_ids"].shape[1])
-        answer = (positions >= self._prompt_length(samples[0][0])) & batch["attention_mask"].bool()
+        answer = self._after_prompt(batch["input_ids"]) & batch["attention_mask"].bool()
         return {**batch, "labels": batch["input_ids"].masked_fill(~answer, -100)}
 
-    def _prompt_length(self, image: Image.Image) -> int:
-        """Tokens before the caption; the prompt ends in a newline, so no token spans the boundary."""
-        return self.processor(images=[image], text=[self.prompt], return_tensors="pt")["input_ids"].shape[1]
+    def _after_prompt(self, input_ids: Tensor) -> Tensor:
+        """Boolean ``[B, S]``; the prompt ends in a newline, so no token spans its boundary to the caption."""
+        positions = torch.arange(input_ids.shape[1])
+        last_image = (positions * (input_ids == self.processor.image_token_id)).amax(dim=1, keepdim=True)
+        return positions > last_image + self._tokens_after_image
 
 
 class ShapesDataset(Dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Union
 
 import torch
@@ -64,7 +65,7 @@ class Probe:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (dict(batch) for batch in self._batches)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the batches' contents: numbers of equal fingerprints are comparable."""
         digest = hashlib.sha256()

@@ -16,7 +16,7 @@ from mir_lightning.llava.backbones import build_packaged_llava, build_packaged_p
 from mir_lightning.llava.shapes import draw_sample
 
 
-def _probe(samples, length, batch_size=4, pictures=2):
+def _probe(samples, length, batch_size=4, pictures=3):
     """``pictures`` of 49 vision tokens a sample, then text up to ``length`` tokens."""
     processor = build_packaged_processor()
     words = processor.tokenizer(" ".join(draw_sample("train", i)[1] for i in range(40)))["input_ids"]
@@ -45,7 +45,7 @@ def main():
     for part in model.model.multi_modal_projector.modules():
         if isinstance(part, torch.nn.Linear):
             part.reset_parameters()
-    probe = _probe(options.samples, options.length, pictures=3)
+    probe = _probe(options.samples, options.length)
     bare, evaluated = [], []
     for _ in range(options.pairs):
         start = time.perf_counter()
