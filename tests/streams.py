@@ -3,7 +3,7 @@
 import torch
 
 
-def hostile_layers(kind, dtype=torch.float32, layers=2, n_vision=700, n_text=500, d=24, seed=0):
+def hostile_layers(kind, dtype=torch.float32, layers=2, n_vision=700, n_text=500, d=24, seed=0, device="cpu"):
     """``(vision, text)``: lists of ``layers`` tensors ``[n, d]`` with correlated dimensions."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "few_tokens":
@@ -22,6 +22,18 @@ def hostile_layers(kind, dtype=torch.float32, layers=2, n_vision=700, n_text=500
                 x[:, ::3] = 1.5
             elif kind == "duplicated":
                 x = x[: d // 2].repeat(n // (d // 2) + 1, 1)[:n]
-            tokens.append(x.to(dtype))
+            tokens.append(x.to(device, dtype))
         modalities.append(tokens)
     return modalities
+
+
+def make_massive(tokens, share, place):
+    """Multiply a share of tokens ``[n, d]`` (at least one, none for 0) by 1000, in place."""
+    count = min(len(tokens), max(1, int(share * len(tokens)))) if share else 0
+    where = {
+        "start": torch.arange(count),
+        "end": torch.arange(len(tokens) - count, len(tokens)),
+        "middle": torch.arange(len(tokens) // 2, len(tokens) // 2 + count),
+        "spread": torch.linspace(0, len(tokens) - 1, count).long(),
+    }[place]
+    tokens[where] *= 1000

@@ -1,61 +1,100 @@
 """Fréchet distance between Gaussians, and the trace of the matrix square root inside it.
 
-Everything is float64 and goes through *factors*: for covariances ``X = F Fᵀ`` and ``Y = G Gᵀ``
+With *factors* ``X = F Fᵀ`` and ``Y = G Gᵀ`` of the covariances
 
-    Tr((X Y)^(1/2)) = sum of the singular values of Fᵀ G,
+    Tr((X Y)^(1/2)) = sum of the singular values of Fᵀ G = sum of the roots of the eigenvalues of Fᵀ Y F,
 
-which holds at any rank, needs no complex arithmetic, and cannot go negative.
+which holds at any rank, needs no complex arithmetic, and cannot go negative. Everything is float64, but for the
+Newton-Schulz iteration.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mir_lightning.functional.checks import check_choice
+from mir_lightning.functional.precision import full_float32
 
-TraceMethod = Literal["auto", "exact"]
+TraceMethod = Literal["auto", "exact", "newton_schulz"]
 
 _EPS = torch.finfo(torch.float64).eps
 _TRACE_TOLERANCE = 1e-10
+_BLOCK = 256
 
 
-class Gaussian(NamedTuple):
-    """A normal distribution fitted to tokens.
+class Gaussian:
+    """A normal distribution, its covariance known as itself or as a factor.
 
-    Attributes:
+    Args:
         mean: ``[d]``, float64.
-        factor: ``[d, r]``, float64; the covariance is ``factor @ factor.T``.
+        cov: covariance ``[d, d]``, float64.
+        factor: ``[d, r]``, float64, with ``cov = factor @ factor.T``; enough without ``cov``.
+        eps: relative rounding error of the entries of ``cov``.
     """
 
-    mean: Tensor
-    factor: Tensor
+    def __init__(
+        self, mean: Tensor, cov: Tensor | None = None, factor: Tensor | None = None, eps: float = _EPS
+    ) -> None:
+        self.mean = mean
+        self.cov = cov
+        self._factor = factor
+        self._eps = eps
 
     @classmethod
     def from_tokens(cls, tokens: Tensor) -> Gaussian:
-        """Fit to ``tokens`` ``[n, d]``, n >= 2; the covariance has the ``n - 1`` denominator."""
+        """Fit to ``tokens`` ``[n, d]``, n >= 2; the covariance has the ``n - 1`` denominator.
+
+        No more tokens than dimensions stay as they are: centred, they are the factor.
+        """
         tokens = tokens.double()
         mean = tokens.mean(dim=0)
         factor = (tokens - mean).T / (len(tokens) - 1) ** 0.5
         if len(tokens) <= tokens.shape[1]:
-            return cls(mean, factor)
-        return cls(mean, covariance_factor(factor @ factor.T))
+            return cls(mean, factor=factor)
+        return cls(mean, factor @ factor.T)
 
-    @classmethod
-    def from_moments(cls, mean: Tensor, cov: Tensor) -> Gaussian:
-        """Take a mean ``[d]`` and a covariance ``[d, d]``."""
-        return cls(mean.double(), covariance_factor(cov.double()))
+    @cached_property
+    def cholesky(self) -> Tensor | None:
+        """Lower triangular factor, where the covariance is known and safely positive definite."""
+        if self.cov is None:
+            return None
+        triangle, info = torch.linalg.cholesky_ex(self.cov)
+        if info.any() or (triangle.diagonal().square() <= self._noise(1) * self.cov.diagonal()).any():
+            return None
+        return triangle
 
-    def scaled(self, scale: Tensor | float) -> Gaussian:
-        """The distribution of ``scale * x``."""
-        return Gaussian(self.mean * scale, self.factor * scale)
+    @cached_property
+    def factor(self) -> Tensor:
+        """``F`` ``[d, r]`` with ``cov = F Fᵀ``."""
+        if self._factor is not None:
+            return self._factor
+        return self._eigenvector_factor() if self.cholesky is None else self.cholesky
+
+    def _eigenvector_factor(self) -> Tensor:
+        """Without the directions whose variance is rounding noise, which a square root would magnify.
+
+        Entries of a covariance carry errors relative to their own size, so noise is told from signal after
+        scaling every dimension to unit variance.
+        """
+        assert self.cov is not None
+        deviations = self.cov.diagonal().clamp(min=0).sqrt()
+        unit = torch.where(deviations > 0, deviations, 1.0)
+        eigenvalues, eigenvectors = torch.linalg.eigh(self.cov / unit / unit[:, None])
+        kept = eigenvalues > self._noise(eigenvalues[-1])
+        return unit[:, None] * eigenvectors[:, kept] * eigenvalues[kept].sqrt()
+
+    def _noise(self, largest: Tensor | float) -> Tensor | float:
+        """Eigenvalues below this may be rounding: of the entries, and of a decomposition with this ``largest``."""
+        return len(self.mean) ** 0.5 * (self._eps / 2 + _EPS * largest)
 
     @property
     def total_variance(self) -> Tensor:
         """Trace of the covariance."""
-        return self.factor.square().sum()
+        return self.factor.square().sum() if self.cov is None else self.cov.trace()
 
     @property
     def effective_rank(self) -> Tensor:
@@ -63,27 +102,57 @@ class Gaussian(NamedTuple):
 
         Between 1 (all variance in one direction) and the rank of the covariance. 0 where nothing varies.
         """
-        eigenvalues = torch.linalg.eigvalsh(_small_gram(self.factor)).clamp(min=0)
+        gram = _small_gram(self.factor) if self.cov is None else self.cov
+        eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0)
         total = eigenvalues.sum()
         if total == 0:
             return torch.zeros_like(total)
-        shares = eigenvalues / total
-        return torch.special.entr(shares).sum().exp()
+        return torch.special.entr(eigenvalues / total).sum().exp()
 
 
-def covariance_factor(cov: Tensor) -> Tensor:
-    """Factor a covariance ``[d, d]`` (float64) into ``F`` ``[d, r]`` with ``cov = F Fᵀ``.
+def cross_trace(x: Gaussian, y: Gaussian) -> Tensor:
+    """``Tr((X Y)^(1/2))`` of two covariances, exact to float64 rounding at any rank."""
+    if x.cholesky is not None and y.cov is not None:
+        total = _trace_of_root(_triangular_congruence(x.cholesky, y.cov))
+        if total is not None:
+            return total
+    return _nuclear_norm(x.factor.T @ y.factor)
 
-    Cholesky where the matrix is safely positive definite; otherwise the eigenvectors, without those whose
-    eigenvalue is rounding noise (below ``d * eps`` of the largest), since the square root magnifies noise.
+
+def _triangular_congruence(triangle: Tensor, cov: Tensor) -> Tensor:
+    """Lower triangle of ``Lᵀ Y L`` for a lower triangular L; by blocks, without the zeros of L."""
+    product, result = torch.empty_like(cov), torch.zeros_like(cov)
+    starts = range(0, len(cov), _BLOCK)
+    for start in starts:
+        block = slice(start, start + _BLOCK)
+        product[:, block] = cov[:, start:] @ triangle[start:, block]
+    for start in starts:
+        block = slice(start, start + _BLOCK)
+        result[block, : block.stop] = triangle[start:, block].T @ product[start:, : block.stop]
+    return result
+
+
+def _trace_of_root(gram: Tensor) -> Tensor | None:
+    """Trace of the square root of a positive semi-definite matrix (its lower triangle), if accurate enough.
+
+    Eigenvalues are several times cheaper than singular values of a factor but carry an absolute error near
+    ``eps * largest``, which ruins the square roots of small ones. The error this makes in the sum is estimated
+    (independent errors above the noise, one-sided ones below it) and decides.
     """
-    cholesky, info = torch.linalg.cholesky_ex(cov)
-    noise = len(cov) * _EPS
-    if not info.any() and cholesky.diagonal().square().min() > noise * cov.diagonal().max():
-        return cholesky
-    eigenvalues, eigenvectors = torch.linalg.eigh(cov)
-    kept = eigenvalues > noise * eigenvalues[-1]
-    return eigenvectors[:, kept] * eigenvalues[kept].sqrt()
+    eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0)
+    roots = eigenvalues.sqrt()
+    noise = 4 * _EPS * eigenvalues[-1]
+    noisy = eigenvalues <= noise
+    error = (noise / (2 * roots[~noisy])).square().sum().sqrt() + noisy.sum() * noise.sqrt()
+    return roots.sum() if error <= _TRACE_TOLERANCE * roots.sum() else None
+
+
+def _nuclear_norm(matrix: Tensor) -> Tensor:
+    """Sum of singular values."""
+    if matrix.numel() == 0:
+        return matrix.new_zeros(())
+    total = _trace_of_root(_small_gram(matrix))
+    return torch.linalg.svdvals(matrix).sum() if total is None else total
 
 
 def _small_gram(matrix: Tensor) -> Tensor:
@@ -91,23 +160,71 @@ def _small_gram(matrix: Tensor) -> Tensor:
     return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
 
 
-def _nuclear_norm(matrix: Tensor) -> Tensor:
-    """Sum of singular values, through the eigenvalues of the Gram matrix where those are accurate enough.
+class NewtonSchulzTrace(NamedTuple):
+    """What the iteration found.
 
-    The eigenvalues are several times cheaper than a singular value decomposition but carry an absolute error
-    near ``eps * largest``, which ruins the square roots of small ones. The error this makes in the sum is
-    estimated (independent errors above the noise, one-sided ones below it) and decides.
+    Attributes:
+        trace: ``Tr((X Y)^(1/2))``, float64 scalar; never above the exact value by more than float32 rounding.
+        error: bound of its relative error in exact arithmetic, float64 scalar.
+        steps: iterations taken.
     """
-    if matrix.numel() == 0:
-        return matrix.new_zeros(())
-    eigenvalues = torch.linalg.eigvalsh(_small_gram(matrix)).clamp(min=0)
-    roots = eigenvalues.sqrt()
-    noise = 4 * _EPS * eigenvalues[-1]
-    noisy = eigenvalues <= noise
-    error = (noise / (2 * roots[~noisy])).square().sum().sqrt() + noisy.sum() * noise.sqrt()
-    if error <= _TRACE_TOLERANCE * roots.sum():
-        return roots.sum()
-    return torch.linalg.svdvals(matrix).sum()
+
+    trace: Tensor
+    error: Tensor
+    steps: int
+
+
+def newton_schulz_trace(cov_x: Tensor, cov_y: Tensor, tolerance: float = 1e-5) -> NewtonSchulzTrace:
+    r"""Trace of the square root of a product of covariances by a Newton-Schulz iteration in float32.
+
+    With factors ``X = F Fᵀ``, ``Y = G Gᵀ`` (Cholesky; float64) the trace is ``max Tr(Uᵀ M)`` over orthogonal U
+    for ``M = Fᵀ G``. The iteration ``U <- a U + b U Uᵀ U`` drives ``M / ‖M‖`` to that U. An error in U changes the
+    trace to second order only, and the iteration corrects its own rounding, where the coupled iteration on
+    ``X Y`` loses its inverse factor and overflows once spectra span eight decades.
+
+    The coefficients follow the smallest singular value that still counts (Chen and Chow, 2014), which grows 2.6
+    times a step; the iteration stops when every singular value above it has settled to within ``tolerance``.
+
+    Args:
+        cov_x: covariance ``[d, d]``.
+        cov_y: covariance ``[d, d]``.
+        tolerance: relative error to stop at, between 1e-6 (float32) and 1.
+
+    Returns:
+        A :class:`NewtonSchulzTrace`.
+
+    Raises:
+        TypeError: if a covariance is not a floating point tensor.
+        ValueError: for other shapes, non-finite values, or a tolerance out of range.
+
+    Example:
+        >>> import torch
+        >>> found = newton_schulz_trace(torch.diag(torch.tensor([4.0, 9.0])), torch.eye(2))
+        >>> round(found.trace.item(), 4), found.error.item() < 1e-5
+        (5.0, True)
+    """
+    _check_covariances(cov_x, cov_y)
+    if not 1e-6 <= tolerance < 1:
+        raise ValueError(f"tolerance must lie in 1e-6 .. 1, got {tolerance}.")
+    mean = cov_x.new_zeros(len(cov_x))
+    x, y = (Gaussian(mean, cov.double()) for cov in (cov_x, cov_y))
+    matrix = x.factor.T @ y.factor
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T
+    norm = torch.linalg.matrix_norm(matrix)
+    if matrix.numel() == 0 or norm == 0:
+        return NewtonSchulzTrace(norm, norm, 0)
+    neglected = tolerance / (2 * matrix.shape[1])
+    polar, settled, steps = (matrix / norm).float(), neglected, 0
+    with full_float32(matrix.device):
+        while 1 - settled > tolerance / 2:
+            scale = (3 / (1 + settled + settled**2)) ** 0.5
+            polar = torch.addmm(polar, polar, polar.T @ polar, beta=1.5 * scale, alpha=-0.5 * scale**3)
+            settled = 1.5 * scale * settled - 0.5 * (scale * settled) ** 3
+            steps += 1
+    trace = (polar * matrix).sum(dtype=torch.float64)
+    error = (1 - settled) + matrix.shape[1] * neglected * norm / trace
+    return NewtonSchulzTrace(trace, error, steps)
 
 
 def frechet_gaps(x: Gaussian, y: Gaussian) -> tuple[Tensor, Tensor]:
@@ -115,9 +232,11 @@ def frechet_gaps(x: Gaussian, y: Gaussian) -> tuple[Tensor, Tensor]:
 
     The covariance gap is a small difference of large traces: what rounding leaves below zero is set to zero.
     """
-    mean_gap = (x.mean - y.mean).square().sum()
-    cross = _nuclear_norm(x.factor.T @ y.factor)
-    return mean_gap, (x.total_variance + y.total_variance - 2 * cross).clamp(min=0)
+    return (x.mean - y.mean).square().sum(), _cov_gap(x, y, cross_trace(x, y))
+
+
+def _cov_gap(x: Gaussian, y: Gaussian, cross: Tensor) -> Tensor:
+    return (x.total_variance + y.total_variance - 2 * cross).clamp(min=0)
 
 
 def trace_sqrt_product(cov_x: Tensor, cov_y: Tensor, method: TraceMethod = "auto") -> Tensor:
@@ -126,8 +245,10 @@ def trace_sqrt_product(cov_x: Tensor, cov_y: Tensor, method: TraceMethod = "auto
     Args:
         cov_x: covariance ``[d, d]``, symmetric and positive semi-definite, of any rank.
         cov_y: covariance ``[d, d]``.
-        method: ``"exact"`` factors both in float64 and sums the singular values of ``Fᵀ G``; ``"auto"``
-            picks the best method for the device and size (today always ``"exact"``).
+        method: ``"exact"`` factors X in float64 and sums the roots of the eigenvalues of ``Fᵀ Y F`` (singular
+            values of ``Fᵀ G`` where those would be inaccurate); ``"newton_schulz"`` iterates float32 matrix
+            products to 1e-5, see :func:`~mir_lightning.functional.frechet.newton_schulz_trace`; ``"auto"``
+            takes ``"exact"``, the faster one at every width measured so far (CPU, up to 4096).
 
     Returns:
         A float64 scalar.
@@ -143,7 +264,10 @@ def trace_sqrt_product(cov_x: Tensor, cov_y: Tensor, method: TraceMethod = "auto
     """
     check_choice("method", method, TraceMethod)
     _check_covariances(cov_x, cov_y)
-    return _nuclear_norm(covariance_factor(cov_x.double()).T @ covariance_factor(cov_y.double()))
+    if method == "newton_schulz":
+        return newton_schulz_trace(cov_x, cov_y).trace
+    mean = cov_x.new_zeros(len(cov_x))
+    return cross_trace(Gaussian(mean, cov_x.double()), Gaussian(mean, cov_y.double()))
 
 
 def frechet_distance(
@@ -175,14 +299,13 @@ def frechet_distance(
         >>> frechet_distance(mean, cov, mean + 1, 4 * cov)
         tensor(4., dtype=torch.float64)
     """
-    check_choice("method", method, TraceMethod)
-    _check_covariances(cov_x, cov_y)
+    cross = trace_sqrt_product(cov_x, cov_y, method)
     for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
         _check_floating(name, mean)
         if mean.shape != cov_x.shape[:1]:
             raise ValueError(f"{name} must have shape [{len(cov_x)}] to go with cov_x, got {list(mean.shape)}.")
-    mean_gap, cov_gap = frechet_gaps(Gaussian.from_moments(mean_x, cov_x), Gaussian.from_moments(mean_y, cov_y))
-    return mean_gap + cov_gap
+    x, y = Gaussian(mean_x.double(), cov_x.double()), Gaussian(mean_y.double(), cov_y.double())
+    return (x.mean - y.mean).square().sum() + _cov_gap(x, y, cross)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
@@ -194,6 +317,8 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 
 def _check_covariances(cov_x: Tensor, cov_y: Tensor) -> None:
+    if isinstance(cov_x, Tensor) and isinstance(cov_y, Tensor) and cov_x.device != cov_y.device:
+        raise ValueError(f"cov_x and cov_y must be on one device, got {cov_x.device} and {cov_y.device}.")
     for name, cov in (("cov_x", cov_x), ("cov_y", cov_y)):
         _check_floating(name, cov)
         if cov.ndim != 2 or cov.shape[0] != cov.shape[1] or len(cov) == 0:

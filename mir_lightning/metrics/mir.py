@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 from mir_lightning.functional.checks import check_at_least_one, check_choice
@@ -25,13 +26,19 @@ from mir_lightning.functional.mir import (
     token_norms,
 )
 from mir_lightning.metrics.moments import (
+    Moments,
     all_reduce_moments,
     mean_and_covariance,
     merge_moments,
     moments_of,
+    no_moments,
     packed_size,
     update_moments,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Modality = Literal["vision", "text"]
 _MODALITIES: tuple[Modality, Modality] = ("vision", "text")
@@ -56,21 +63,26 @@ class ModalityIntegrationRate(Metric):
     - one float64 a token: its norm, which decides the scale and the outliers at the end, exactly;
     - raw tokens while they take less room than a covariance; after that, only those whose norm is unusual
       so far, which the outlier rule may yet exclude;
-    - a float64 mean and (half of a symmetric) covariance of the others: ``4 d²`` bytes.
+    - the mean and (half of the symmetric) covariance of the others: about ``4 d²`` bytes in float64.
 
     A token that was accumulated as usual and turns out to be an outlier (or the reverse) is noticed:
     :meth:`compute` raises, and :meth:`start_second_pass` followed by the same updates gives the exact answer.
 
     The official variants need the coordinate-wise median of all tokens, so they keep every token.
 
+    States live on the device of the tokens, each layer on its own; with ``compute_on_cpu=True`` all on the CPU.
+    They keep their precision whatever ``.to`` or a Trainer's precision plugin casts around them.
+
     Args:
         num_layers: number of decoder layers, L.
         hidden_size: width d of the tokens.
         variant: ``"paper"``, ``"official"`` or ``"official-fast"``; see the functional.
+        accumulator: dtype that covariances are stored in: ``torch.float64``, or ``torch.float32`` for half the
+            memory. Products are float64 all the same; the rounding in between changes MIR by less than 1e-6.
         kwargs: as every torchmetrics Metric takes them.
 
     Raises:
-        ValueError: if ``num_layers`` or ``hidden_size`` is below 1, or the variant is unknown.
+        ValueError: if ``num_layers`` or ``hidden_size`` is below 1, or the variant or accumulator is unknown.
 
     Example:
         >>> import torch
@@ -91,15 +103,25 @@ class ModalityIntegrationRate(Metric):
     higher_is_better = False
     full_state_update = False
 
-    def __init__(self, num_layers: int, hidden_size: int, variant: Variant = "paper", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        hidden_size: int,
+        variant: Variant = "paper",
+        accumulator: torch.dtype = torch.float64,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_at_least_one(num_layers=num_layers, hidden_size=hidden_size)
         check_choice("variant", variant, Variant)
+        if accumulator not in (torch.float64, torch.float32):
+            raise ValueError(f"accumulator must be torch.float64 or torch.float32, got {accumulator}.")
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.variant = variant
+        self.accumulator = accumulator
         self._distances: list[LayerDistance] | None = None
-        self._fixed_bounds: dict[str, tuple[Tensor, Tensor]] | None = None
+        self._fixed_bounds: dict[str, tuple[float, float]] | None = None
         for group in self._groups():
             for state in _STATES:
                 self.add_state(f"{group}_{state}", default=[], dist_reduce_fx=None)
@@ -122,7 +144,8 @@ class ModalityIntegrationRate(Metric):
 
         Raises:
             TypeError: for tokens that are not floating point tensors.
-            ValueError: for a layer out of range, another width than ``hidden_size``, or non-finite tokens.
+            ValueError: for a layer out of range, another width than ``hidden_size``, a device other than
+                before, or non-finite tokens. Nothing has been added then.
         """
         if layer is None:
             if len(vision) != self.num_layers or len(text) != self.num_layers:
@@ -138,38 +161,47 @@ class ModalityIntegrationRate(Metric):
             self._update_layer(vision, text, layer)
 
     def _update_layer(self, vision: Any, text: Any, layer: int) -> None:
-        for modality, tokens in zip(_MODALITIES, (vision, text), strict=True):
-            check_tokens(modality, tokens, layer)
-            if tokens.shape[1] != self.hidden_size:
-                raise ValueError(
-                    f"{modality} tokens of layer {layer} must have width hidden_size={self.hidden_size}, "
-                    f"got {tokens.shape[1]}."
-                )
+        check_tokens(vision, text, layer)
+        if vision.shape[1] != self.hidden_size:
+            raise ValueError(
+                f"tokens of layer {layer} must have width hidden_size={self.hidden_size}, got {vision.shape[1]}."
+            )
+        if self.compute_on_cpu:
+            vision, text = vision.cpu(), text.cpu()
         norms = [token_norms(m, t, layer) for m, t in zip(_MODALITIES, (vision, text), strict=True)]
-        for modality, tokens, token_norm in zip(_MODALITIES, (vision, text), norms, strict=True):
+        groups = [f"{modality}_{layer}" for modality in _MODALITIES]
+        for group in groups:
+            if (known := self._device_of(group, vision.device)) != vision.device:
+                raise ValueError(
+                    f"tokens of layer {layer} were on {known} before and are on {vision.device} now: "
+                    "keep a layer on one device, or pass compute_on_cpu=True."
+                )
+        for group, tokens, token_norm in zip(groups, (vision, text), norms, strict=True):
             if len(tokens):
-                self._add(f"{modality}_{layer}", tokens.detach(), token_norm.detach())
+                self._add(group, tokens.detach(), token_norm)
 
     def _add(self, group: str, tokens: Tensor, norms: Tensor) -> None:
         if self._fixed_bounds is not None:
             self._accumulate(group, tokens[is_inlier(norms, self._fixed_bounds[group])])
             return
-        held, moments = self._state(group, "rows"), self._state(group, "moments")
+        held = self._state(group, "rows")
         held_bytes = sum(rows.nbytes for rows in held) + tokens.nbytes
-        room = max(8 * packed_size(self.hidden_size), _LEAST_ROOM)
-        if self.variant != "paper" or (not moments and held_bytes <= room):
+        room = max(packed_size(self.hidden_size) * self.accumulator.itemsize, _LEAST_ROOM)
+        if self.variant != "paper" or (not self._state(group, "moments") and held_bytes <= room):
             held.append(tokens.clone())
             return
-        self._accumulate_usual(group, tokens, room // 2)
+        self._accumulate_usual(group, tokens, norms, room // 2)
 
-    def _accumulate_usual(self, group: str, tokens: Tensor, room: int) -> None:
+    def _accumulate_usual(self, group: str, tokens: Tensor, norms: Tensor, room: int) -> None:
         """Accumulate the tokens with usual norms; hold the others back for the final outlier rule.
 
         Held tokens beyond ``room`` bytes are released, the most usual first, but never one that is an
         outlier among all seen so far.
         """
-        tokens = torch.cat([*self._state(group, "rows"), tokens])
-        norms = norms_of(tokens)
+        held = self._state(group, "rows")
+        if held:
+            norms = torch.cat([*map(norms_of, held), norms])
+            tokens = torch.cat([*held, tokens])
         seen = torch.cat([*self._state(group, "norms"), norms])
         median, outlier_margin = inlier_bounds(seen)
         offset = (norms - median).abs()
@@ -178,16 +210,25 @@ class ModalityIntegrationRate(Metric):
             open_inliers = offset[~usual & (offset <= outlier_margin)]
             if len(open_inliers):
                 usual |= offset <= open_inliers.median()
-        self._accumulate(group, tokens[usual])
+        if usual.all():
+            self._accumulate(group, tokens)
+        else:
+            self._accumulate(group, tokens[usual])
         self._state(group, "norms").append(norms[usual])
-        setattr(self, f"{group}_rows", [tokens[~usual]])
+        setattr(self, f"{group}_rows", [] if usual.all() else [tokens[~usual]])
 
     def _accumulate(self, group: str, tokens: Tensor) -> None:
-        moments = self._state(group, "moments")
-        if moments and len(tokens):
-            update_moments(moments[0], tokens)
-        elif len(tokens):
-            moments.append(moments_of(tokens))
+        if not len(tokens):
+            return
+        moments = self._moments(group)
+        if moments is None:
+            setattr(self, f"{group}_moments", list(moments_of(tokens, self.accumulator)))
+        else:
+            update_moments(moments, tokens)
+
+    def _moments(self, group: str) -> Moments | None:
+        state = self._state(group, "moments")
+        return Moments(*state) if state else None
 
     def compute(self) -> Tensor:
         """MIR of everything seen, a float64 scalar.
@@ -239,13 +280,12 @@ class ModalityIntegrationRate(Metric):
         return layer_distance(gaussians[0], gaussians[1], scale, counts, outliers)
 
     def _gaussian(self, group: str, rows: Tensor) -> Gaussian:
-        moments = self._state(group, "moments")
-        if not moments:
+        moments = self._moments(group)
+        if moments is None:
             return Gaussian.from_tokens(rows)
-        packed = moments[0]
         if len(rows):
-            packed = merge_moments(packed, moments_of(rows), self.hidden_size)
-        return Gaussian.from_moments(*mean_and_covariance(packed, self.hidden_size))
+            moments = merge_moments(moments, moments_of(rows, self.accumulator))
+        return Gaussian(*mean_and_covariance(moments), eps=torch.finfo(self.accumulator).eps)
 
     def _all_rows(self, group: str) -> Tensor:
         rows = self._state(group, "rows")
@@ -256,11 +296,11 @@ class ModalityIntegrationRate(Metric):
             [torch.zeros(0, dtype=torch.float64, device=self._device_of(group)), *self._state(group, state)]
         )
 
-    def _device_of(self, group: str) -> torch.device:
+    def _device_of(self, group: str, default: torch.device | None = None) -> torch.device:
         for state in _STATES:
             for tensor in self._state(group, state):
                 return tensor.device
-        return self.device
+        return default or self.device
 
     def start_second_pass(self) -> None:
         """Keep the norms, forget the tokens, and expect the same updates again (on every rank).
@@ -272,7 +312,10 @@ class ModalityIntegrationRate(Metric):
             self.unsync()
         local = {group: self._seen_norms(group) for group in self._groups()}
         with self.sync_context(should_sync=self._to_sync):
-            bounds = {group: inlier_bounds(self._seen_norms(group)) for group in self._groups()}
+            bounds = {}
+            for group in self._groups():
+                median, margin = inlier_bounds(self._seen_norms(group))
+                bounds[group] = (median.item(), margin.item())
         for group, norms in local.items():
             inlier = is_inlier(norms, bounds[group])
             setattr(self, f"{group}_norms", [norms[inlier]])
@@ -288,6 +331,8 @@ class ModalityIntegrationRate(Metric):
 
     def reset(self) -> None:
         """Forget everything seen."""
+        for name in self._defaults:  # torchmetrics empties lists in place, which others may hold (Running)
+            setattr(self, name, [])
         super().reset()
         self._distances = None
         self._fixed_bounds = None
@@ -295,10 +340,13 @@ class ModalityIntegrationRate(Metric):
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge another stream's states into this one (used by ``forward`` and ``merge_state``)."""
         for name in self._defaults:
-            merged = incoming_state[name] + getattr(self, name)
-            if name.endswith("_moments") and len(merged) == 2:
-                merged = [merge_moments(merged[0], merged[1], self.hidden_size)]
-            setattr(self, name, merged)
+            own, incoming = getattr(self, name), incoming_state[name]
+            if not name.endswith("_moments"):
+                setattr(self, name, incoming + own)
+            elif own and incoming:
+                setattr(self, name, list(merge_moments(Moments(*incoming), Moments(*own))))
+            elif incoming:
+                setattr(self, name, [part.clone() for part in incoming])
         self._computed = None
 
     def _sync_dist(
@@ -327,17 +375,59 @@ class ModalityIntegrationRate(Metric):
             setattr(self, f"{group}_rows", [])
             return
         bounds = inlier_bounds(seen)
-        moments = self._state(group, "moments")
-        packed = moments[0] if moments else known.new_zeros(packed_size(self.hidden_size))
+        moments = self._moments(group) or no_moments(self.hidden_size, self.accumulator, known.device)
         inliers = rows[is_inlier(row_norms, bounds)]
         if len(inliers):
-            local = moments_of(inliers)
-            packed = merge_moments(packed, local, self.hidden_size) if moments else local
+            moments = merge_moments(moments, moments_of(inliers, self.accumulator))
         open_inlier = is_inlier(open_norms, bounds)
         setattr(self, f"{group}_norms", [torch.cat([known, open_norms[open_inlier]])])
         setattr(self, f"{group}_dropped", [torch.cat([dropped, open_norms[~open_inlier]])])
         setattr(self, f"{group}_rows", [])
-        setattr(self, f"{group}_moments", [all_reduce_moments(packed, self.hidden_size, pg)])
+        setattr(self, f"{group}_moments", list(all_reduce_moments(moments, pg)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+        """Follow ``fn`` to its device but keep the states' precision."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
+
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
+    ) -> tuple[Figure | None, Axes]:
+        """Draw the distances by layer, or MIR over time.
+
+        Args:
+            val: a result of :meth:`compute` or ``forward``, or a sequence of them: MIR over time. ``None``
+                draws the distances by layer of everything seen, split into their gaps.
+            ax: axes to draw into instead of a new figure.
+
+        Returns:
+            The figure (``None`` with ``ax``) and its axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+        """
+        if val is not None:
+            figure, axes = self._plot(val, ax)
+            return figure, cast("Axes", axes)
+        figure = None
+        if ax is None:
+            figure, ax = _subplots()
+        layers = self.compute_breakdown()
+        numbers = range(1, self.num_layers + 1)
+        ax.plot(numbers, [layer.distance.item() for layer in layers], "o-", label="Fréchet distance")
+        ax.plot(numbers, [layer.mean_gap.item() for layer in layers], "--", label="mean gap")
+        ax.plot(numbers, [layer.cov_gap.item() for layer in layers], ":", label="covariance gap")
+        ax.set(xlabel="decoder layer", ylabel="distance", title=f"MIR {self.compute().item():.3f}")
+        ax.legend()
+        return figure, ax
+
+
+def _subplots() -> tuple[Figure, Axes]:
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plot needs matplotlib: pip install 'mir-lightning[recipes]'.") from error
+    figure = pyplot.figure()
+    return figure, figure.add_subplot()
 
 
 def _usual_margin(norms: Tensor, median: Tensor, outlier_margin: Tensor) -> Tensor:

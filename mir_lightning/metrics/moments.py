@@ -1,23 +1,43 @@
-"""Running mean and covariance in one packed tensor that merges exactly (Chan, Golub and LeVeque, 1983).
-
-Layout, float64: ``[count, mean (d), M2]``, where M2, the centred second moment, is symmetric and kept as its
-lower block trapezoids. That is half of the full matrix: about ``4 d²`` bytes.
-"""
+"""Running mean and covariance that merge exactly (Chan, Golub and LeVeque, 1983)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-_BLOCK = 256
+_BLOCK = 192
+
+
+class Moments(NamedTuple):
+    """Count, mean and centred second moment M2 of tokens of width d.
+
+    Attributes:
+        head: ``[1 + d]``, float64: the count, then the mean.
+        second: M2 is symmetric; its lower block trapezoids, one after another: half of the matrix, about
+            ``d² / 2`` values of float64 or float32.
+    """
+
+    head: Tensor
+    second: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Number of tokens, a scalar."""
+        return self.head[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """``[d]``; a view."""
+        return self.head[1:]
 
 
 def _blocks(width: int) -> Iterator[tuple[slice, slice]]:
     """Row slices of M2 of ``[width, width]``, each with its slice of the packed M2."""
-    start = 1 + width
+    start = 0
     for top in range(0, width, _BLOCK):
         bottom = min(top + _BLOCK, width)
         size = (bottom - top) * bottom
@@ -26,72 +46,81 @@ def _blocks(width: int) -> Iterator[tuple[slice, slice]]:
 
 
 def packed_size(width: int) -> int:
-    """Number of float64 values in the packed moments of tokens of ``width``."""
-    return 1 + width + sum(packed.stop - packed.start for _, packed in _blocks(width))
+    """Number of values in the packed M2 of tokens of ``width``."""
+    return sum(packed.stop - packed.start for _, packed in _blocks(width))
 
 
-def moments_of(rows: Tensor) -> Tensor:
-    """Packed moments of tokens ``[n, d]``, n >= 1."""
-    rows = rows.double()
-    count, width = rows.shape
-    packed = rows.new_zeros(packed_size(width))
-    packed[0] = count
-    packed[1 : 1 + width] = rows.mean(dim=0)
-    _add_outer(packed, rows - packed[1 : 1 + width])
-    return packed
+def no_moments(width: int, dtype: torch.dtype, device: torch.device) -> Moments:
+    """Moments of no token."""
+    head = torch.zeros(1 + width, dtype=torch.float64, device=device)
+    return Moments(head, torch.zeros(packed_size(width), dtype=dtype, device=device))
 
 
-def merge_moments(first: Tensor, second: Tensor, width: int) -> Tensor:
-    """Packed moments of the union of two sets of tokens of ``width``."""
-    merged = first + second
-    count_first, count_second = first[0], second[0]
-    delta = second[1 : 1 + width] - first[1 : 1 + width]
-    merged[1 : 1 + width] = first[1 : 1 + width] + delta * (count_second / merged[0])
-    _add_outer(merged, (delta * (count_first * count_second / merged[0]).sqrt())[None])
+def moments_of(rows: Tensor, dtype: torch.dtype = torch.float64) -> Moments:
+    """Moments of tokens ``[n, d]``, n >= 1, with M2 in ``dtype``."""
+    moments = no_moments(rows.shape[1], dtype, rows.device)
+    update_moments(moments, rows)
+    return moments
+
+
+def update_moments(moments: Moments, rows: Tensor) -> None:
+    """Add tokens ``[n, d]``, n >= 1, to moments, in place.
+
+    Tokens are centred before M2 sees them, so nothing cancels in it, whatever its precision.
+    """
+    count = len(rows)
+    centred = torch.empty(count + 1, rows.shape[1], dtype=torch.float64, device=rows.device)
+    centred[:count] = rows
+    row_mean = centred[:count].mean(dim=0)
+    centred[:count] -= row_mean
+    delta = row_mean - moments.mean
+    total = moments.total + count
+    centred[count] = delta * (moments.total * count / total).sqrt()
+    _add_outer(moments.second, centred)
+    moments.mean.add_(delta * (count / total))
+    moments.total.copy_(total)
+
+
+def merge_moments(first: Moments, second: Moments) -> Moments:
+    """Moments of the union of two sets of tokens; neither argument changes."""
+    delta = second.mean - first.mean
+    total = first.total + second.total
+    merged = Moments(first.head.clone(), first.second + second.second)
+    _add_outer(merged.second, (delta * (first.total * second.total / total).sqrt())[None])
+    merged.mean.add_(delta * (second.total / total))
+    merged.total.copy_(total)
     return merged
 
 
-def update_moments(packed: Tensor, rows: Tensor) -> None:
-    """Add tokens ``[n, d]``, n >= 1, to packed moments, in place."""
-    rows = rows.double()
-    count, width = rows.shape
-    mean = packed[1 : 1 + width]
-    row_mean = rows.mean(dim=0)
-    delta = row_mean - mean
-    total = packed[0] + count
-    shift = delta * (packed[0] * count / total).sqrt()
-    _add_outer(packed, torch.cat([rows - row_mean, shift[None]]))
-    mean += delta * (count / total)
-    packed[0] = total
-
-
-def mean_and_covariance(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Mean ``[d]`` and covariance ``[d, d]`` (``n - 1`` denominator)."""
-    cov = packed.new_empty(width, width)
+def mean_and_covariance(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Mean ``[d]`` and covariance ``[d, d]`` (``n - 1`` denominator), float64."""
+    width = len(moments.mean)
+    cov = moments.head.new_empty(width, width)
     for rows, block in _blocks(width):
-        cov[rows, : rows.stop] = packed[block].view(-1, rows.stop)
+        cov[rows, : rows.stop] = moments.second[block].view(-1, rows.stop)
         cov[: rows.start, rows] = cov[rows, : rows.start].T
-    return packed[1 : 1 + width].clone(), cov / (packed[0] - 1)
+    return moments.mean.clone(), cov.div_(moments.total - 1)
 
 
-def all_reduce_moments(packed: Tensor, width: int, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """Packed moments of all ranks' tokens; a rank without tokens gives zeros.
+def all_reduce_moments(moments: Moments, group: torch.distributed.ProcessGroup | None) -> Moments:
+    """Moments of all ranks' tokens; a rank without tokens gives :func:`no_moments`.
 
     Each rank re-centres its own on the common mean, then they add up: nothing of size ``ranks * d²`` exists.
     """
-    sums = torch.cat([packed[:1], packed[0] * packed[1 : 1 + width]])
+    sums = torch.cat([moments.total[None], moments.total * moments.mean])
     torch.distributed.all_reduce(sums, group=group)
-    merged = packed.clone()
-    merged[1 : 1 + width] = sums[1:] / sums[0]
-    shift = packed[1 : 1 + width] - merged[1 : 1 + width]
-    _add_outer(merged, (shift * packed[0].sqrt())[None])
-    second_moment = merged[1 + width :].contiguous()
-    torch.distributed.all_reduce(second_moment, group=group)
-    merged[0], merged[1 + width :] = sums[0], second_moment
-    return merged
+    head = torch.cat([sums[:1], sums[1:] / sums[0]])
+    second = moments.second.clone()
+    _add_outer(second, ((moments.mean - head[1:]) * moments.total.sqrt())[None])
+    torch.distributed.all_reduce(second, group=group)
+    return Moments(head, second)
 
 
-def _add_outer(packed: Tensor, centred: Tensor) -> None:
-    """M2 += centredᵀ centred, for centred tokens ``[n, d]``."""
+def _add_outer(second: Tensor, centred: Tensor) -> None:
+    """M2 += centredᵀ centred, for centred float64 tokens ``[n, d]``; products and sums are float64."""
     for rows, block in _blocks(centred.shape[1]):
-        packed[block].view(-1, rows.stop).addmm_(centred[:, rows].T, centred[:, : rows.stop])
+        total = second[block].view(-1, rows.stop)
+        if total.dtype == torch.float64:
+            total.addmm_(centred[:, rows].T, centred[:, : rows.stop])
+        else:
+            total += centred[:, rows].T @ centred[:, : rows.stop]

@@ -4,6 +4,7 @@ import scipy.linalg
 import torch
 
 from mir_lightning.functional import frechet_distance, trace_sqrt_product
+from mir_lightning.functional.frechet import newton_schulz_trace
 from tests import oracle
 
 
@@ -49,6 +50,50 @@ def test_trace_of_steep_spectra_with_a_common_basis(decay):
     assert trace_sqrt_product(x, x).item() == pytest.approx(spectrum.sum(), rel=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [0, 4, 8, 12])
+@pytest.mark.parametrize("common_basis", [False, True])
+def test_newton_schulz_keeps_its_bound_on_decaying_spectra(decay, common_basis, dtype, device):
+    """Against exact float64; the input's own rounding to float32 is part of the error."""
+    x, y = (_covariance(np.random.default_rng(seed), 300, decay) for seed in (0, 0 if common_basis else 1))
+    expected = scipy.linalg.svdvals(_root(x) @ _root(y)).sum()
+    given = [torch.from_numpy(a).to(device, dtype) for a in (x, y)]
+    found = newton_schulz_trace(*given)
+    assert abs(found.trace.item() / expected - 1) <= found.error.item() + 2e-6 < 2e-5
+    assert 15 < found.steps < 30
+    assert trace_sqrt_product(*given, "newton_schulz").item() == found.trace.item()
+    assert trace_sqrt_product(*given, "exact").item() == pytest.approx(expected, rel=1e-6)
+
+
+def _root(cov):
+    eigenvalues, eigenvectors = np.linalg.eigh(cov)
+    return (eigenvectors * np.sqrt(eigenvalues.clip(0))) @ eigenvectors.T
+
+
+def test_newton_schulz_at_rank_deficiency_and_for_a_looser_tolerance():
+    x, y = (torch.from_numpy(_covariance(np.random.default_rng(s), 80, 3, rank=20 + s)) for s in (0, 1))
+    exact = trace_sqrt_product(x, y).item()
+    assert newton_schulz_trace(x, y).trace.item() == pytest.approx(exact, rel=1e-5)
+    loose = newton_schulz_trace(x, y, tolerance=1e-2)
+    assert loose.steps < newton_schulz_trace(x, y).steps
+    assert 1e-5 * exact < exact - loose.trace.item() <= loose.error.item() * exact
+    assert newton_schulz_trace(torch.zeros(3, 3), torch.eye(3)).trace.item() == 0
+    with pytest.raises(ValueError, match=r"tolerance must lie in 1e-6 .. 1, got 0"):
+        newton_schulz_trace(x, y, tolerance=0)
+
+
+def test_newton_schulz_under_reduced_precision_is_the_same():
+    x, y = (torch.from_numpy(_covariance(np.random.default_rng(s), 300, 4)) for s in (0, 1))
+    expected = newton_schulz_trace(x, y).trace.item()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert newton_schulz_trace(x, y).trace.item() == expected
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_distance_equals_the_definition():
     generator = np.random.default_rng(0)
     mean_x, mean_y = generator.standard_normal((2, 48))
@@ -77,7 +122,12 @@ def test_float32_and_zero_covariances():
         ((torch.eye(3), torch.eye(2)), ValueError, r"one shape, got \[3, 3\] and \[2, 2\]"),
         ((torch.eye(3, dtype=torch.int64), torch.eye(3)), TypeError, r"cov_x must be a floating point"),
         ((torch.eye(3), torch.full((3, 3), float("nan"))), ValueError, r"cov_y must be finite"),
-        ((torch.eye(3), torch.eye(3), "fast"), ValueError, r"method must be one of auto, exact.*'fast'"),
+        ((torch.eye(3), torch.empty(3, 3, device="meta")), ValueError, "must be on one device, got cpu and meta"),
+        (
+            (torch.eye(3), torch.eye(3), "fast"),
+            ValueError,
+            r"method must be one of auto, exact, newton_schulz, got 'fast'",
+        ),
     ],
 )
 def test_bad_input(arguments, error, message):

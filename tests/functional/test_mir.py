@@ -9,18 +9,18 @@ from tests.streams import hostile_layers
 
 
 def _numpy(layers):
-    return [layer.double().numpy() for layer in layers]
+    return [layer.detach().double().cpu().numpy() for layer in layers]
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["plain", "massive", "huge_mean", "few_tokens", "constant", "duplicated"])
-def test_equals_the_oracle_on_hostile_tokens(kind, dtype, variant):
-    vision, text = hostile_layers(kind, dtype)
+def test_equals_the_oracle_on_hostile_tokens(kind, dtype, variant, device):
+    vision, text = hostile_layers(kind, dtype, device=device)
     mir, layers = modality_integration_rate(vision, text, variant, return_layers=True)
     expected = oracle.mir_layers(_numpy(vision), _numpy(text), variant)
     assert layers.dtype == torch.float64
-    np.testing.assert_allclose(layers.numpy(), expected, rtol=1e-8)
+    np.testing.assert_allclose(layers.cpu(), expected, rtol=1e-8)
     assert mir.item() == pytest.approx(np.log10(expected.sum()), rel=1e-8)
 
 
@@ -84,6 +84,7 @@ def test_scale_of_all_tokens_does_not_matter():
         ([torch.randn(4, 3)], [torch.zeros(4, 3)], ValueError, "text tokens of layer 0 are all zero"),
         ([torch.ones(4, 3, dtype=torch.int64)], [torch.randn(4, 3)], TypeError, "vision tokens .* floating"),
         ([torch.randn(4)], [torch.randn(4, 3)], ValueError, r"must be \[n, d\], got \[4\]"),
+        ([torch.randn(4, 3)], [torch.empty(4, 3, device="meta")], ValueError, "one device, got cpu and meta"),
         (
             [torch.randn(4, 3)] * 2,
             [torch.randn(4, 3), torch.full((4, 3), float("inf"))],

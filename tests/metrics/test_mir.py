@@ -5,13 +5,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.wrappers import Running
 
 from mir_lightning.functional import modality_integration_rate
 from mir_lightning.metrics import ModalityIntegrationRate
 from mir_lightning.metrics.mir import AccumulatedOutlierError
 from tests import oracle
 from tests.distributed import run_on_ranks
-from tests.streams import hostile_layers
+from tests.streams import hostile_layers, make_massive
 
 LAYERS, WIDTH = 2, 24
 
@@ -28,12 +29,12 @@ def _stream(metric, vision, text, splits, order=None):
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["plain", "massive", "huge_mean", "few_tokens", "constant", "duplicated"])
 @pytest.mark.parametrize("splits", [1, 7, 100])
-def test_any_split_equals_the_oracle(kind, dtype, variant, splits):
-    vision, text = hostile_layers(kind, dtype)
-    expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)), variant)
+def test_any_split_equals_the_oracle(kind, dtype, variant, splits, device):
+    vision, text = hostile_layers(kind, dtype, device=device)
+    expected = oracle.mir(*([x.double().cpu().numpy() for x in m] for m in (vision, text)), variant)
     metric = _stream(ModalityIntegrationRate(LAYERS, WIDTH, variant), vision, text, splits)
     assert metric.compute().item() == pytest.approx(expected, rel=1e-8)
     assert metric.compute().item() == pytest.approx(metric.compute_layers().sum().log10().item())
@@ -46,30 +47,88 @@ def test_official_fast_streams_to_the_functional():
     assert metric.compute().item() == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.parametrize("share", [0.002, 0.05, 0.2])
-@pytest.mark.parametrize("place", ["start", "end", "spread"])
-def test_massive_activations_anywhere_in_the_stream(share, place):
+@pytest.mark.parametrize("accumulator", [torch.float64, torch.float32])
+@pytest.mark.parametrize("share", [0, 1e-9, 0.001, 0.05, 0.2])
+@pytest.mark.parametrize("place", ["start", "end", "middle", "spread"])
+def test_massive_activations_anywhere_in_the_stream(share, place, accumulator):
+    """In 12 updates, so that a place is a few updates of nothing but massive tokens."""
     vision, text = hostile_layers("plain", n_vision=12_000, n_text=15_000, d=32)
     for tokens in (*vision, *text):
-        count = max(1, int(share * len(tokens)))
-        where = {
-            "start": torch.arange(count),
-            "end": torch.arange(len(tokens) - count, len(tokens)),
-            "spread": torch.arange(0, len(tokens), len(tokens) // count)[:count],
-        }[place]
-        tokens[where] *= 1000
+        make_massive(tokens, share, place)
     expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)))
-    metric = ModalityIntegrationRate(LAYERS, 32)
-    _stream(metric, vision, text, 40)
-    assert metric._state("vision_0", "moments")
-    assert metric._state("text_0", "moments")
+    metric = ModalityIntegrationRate(LAYERS, 32, accumulator=accumulator)
+    _stream(metric, vision, text, 12)
+    assert metric._moments("vision_0") is not None
+    assert metric._moments("text_0") is not None
     try:
         value = metric.compute()
     except AccumulatedOutlierError:
         assert place == "start"  # they were usual at first: noticed, and repaired
         metric.start_second_pass()
-        value = _stream(metric, vision, text, 40).compute()
-    assert value.item() == pytest.approx(expected, rel=1e-8)
+        value = _stream(metric, vision, text, 12).compute()
+    tolerance = 1e-8 if accumulator == torch.float64 else 1e-6
+    assert value.item() == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["plain", "massive", "huge_mean", "few_tokens", "constant", "duplicated"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_float32_accumulators_are_exact_to_1e_6(kind, dtype):
+    vision, text = hostile_layers(kind, dtype, n_vision=50_000, n_text=60_000)
+    expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)))
+    metric = ModalityIntegrationRate(LAYERS, WIDTH, accumulator=torch.float32)
+    _stream(metric, vision, text, 40)
+    if kind != "few_tokens":
+        assert metric._moments("vision_0").second.dtype == torch.float32
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(("precision", "autocast"), [("medium", False), ("high", False), ("highest", True)])
+def test_reduced_precision_switched_on_by_the_user_changes_nothing(precision, autocast, device):
+    vision, text = hostile_layers("massive", n_vision=9000, n_text=9000, d=64, device=device)
+    for accumulator in (torch.float64, torch.float32):
+        metric = ModalityIntegrationRate(LAYERS, 64, accumulator=accumulator)
+        expected = _stream(metric, vision, text, 9).compute().item()
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                metric.reset()
+                assert _stream(metric, vision, text, 9).compute().item() == pytest.approx(expected, rel=1e-12)
+                official = modality_integration_rate(vision, text, "official-fast").item()
+            assert torch.get_float32_matmul_precision() == precision
+        finally:
+            torch.set_float32_matmul_precision(before)
+        assert official == modality_integration_rate(vision, text, "official-fast").item()
+
+
+@pytest.mark.parametrize(("n_vision", "n_text"), [(40_000, 300), (2, 3)])
+def test_width_one(n_vision, n_text):
+    vision, text = hostile_layers("massive", n_vision=n_vision, n_text=n_text, d=1)
+    expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)))
+    metric = ModalityIntegrationRate(LAYERS, 1)
+    assert _stream(metric, vision, text, 2).compute().item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_width_4096_with_fewer_tokens_than_dimensions_keeps_tokens_not_matrices():
+    vision, text = ([torch.randn(n, 4096) * torch.logspace(1, -3, 4096) + o] for n, o in ((300, 0.1), (200, 0)))
+    make_massive(vision[0], 0.01, "start")
+    expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)))
+    metric = ModalityIntegrationRate(1, 4096)
+    assert _stream(metric, vision, text, 5).compute().item() == pytest.approx(expected, rel=1e-8)
+    assert sum(tensor.nbytes for name in metric._defaults for tensor in getattr(metric, name)) == 500 * 4096 * 4
+
+
+@pytest.mark.slow
+def test_width_4096_with_more_tokens_than_dimensions():
+    vision, text = (
+        [torch.randn(n, 4096).bfloat16() * torch.logspace(1, -2, 4096) + o] for n, o in ((9000, 0.1), (8500, 0))
+    )
+    make_massive(vision[0], 0.001, "start")
+    expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)))
+    metric = ModalityIntegrationRate(1, 4096)
+    value = _stream(metric, vision, text, 5).compute().item()
+    assert metric._moments("vision_0") is not None
+    assert value == pytest.approx(expected, rel=1e-8)
 
 
 def test_an_accumulated_outlier_is_noticed_and_a_second_pass_repairs_it():
@@ -106,7 +165,7 @@ def test_memory_is_moments_and_norms():
         (vision,), (text,) = hostile_layers("massive", layers=1, d=d, seed=seed)
         metric.update(vision, text, layer=0)
     for group, tokens in (("vision_0", 35_000), ("text_0", 25_000)):
-        assert sum(m.nbytes for m in metric._state(group, "moments")) <= 0.8 * 8 * d * d
+        assert sum(m.nbytes for m in metric._state(group, "moments")) <= 8 * (d * d / 2 + 192 * d / 2 + d + 1)
         assert sum(n.nbytes for n in metric._state(group, "norms")) <= 8 * tokens
         assert sum(r.nbytes for r in metric._state(group, "rows")) < 0.04 * tokens * d * 4
 
@@ -160,6 +219,123 @@ def test_pickle_clone_and_state_dict_resume_in_the_middle_of_a_stream():
         assert _stream(copy, *rest, 3).compute().item() == pytest.approx(expected, rel=1e-8)
 
 
+def test_running_window_is_the_last_updates():
+    batches = [hostile_layers("massive", seed=seed, n_vision=20_000 // (seed + 1)) for seed in range(5)]
+    running = Running(ModalityIntegrationRate(LAYERS, WIDTH), window=2)
+    for seed, (vision, text) in enumerate(batches):
+        assert running(vision, text).item() == pytest.approx(
+            modality_integration_rate(vision, text).item(), rel=1e-8
+        )
+        window = batches[max(0, seed - 1) : seed + 1]
+        expected = modality_integration_rate(
+            *([torch.cat(layer) for layer in zip(*m, strict=True)] for m in zip(*window, strict=True))
+        )
+        assert running.compute().item() == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_merge_state_leaves_the_other_metric_alone():
+    vision, text = hostile_layers("plain", n_vision=20_000, n_text=20_000)
+    other = _stream(ModalityIntegrationRate(LAYERS, WIDTH), vision, text, 3)
+    expected = other.compute().item()
+    metric = ModalityIntegrationRate(LAYERS, WIDTH)
+    metric.merge_state(other)
+    _stream(metric, vision, text, 3)
+    other._computed = None
+    assert other.compute().item() == expected
+    assert metric.compute().item() != expected
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.set_dtype(torch.float32)]
+)
+def test_states_keep_their_precision(cast):
+    vision, text = hostile_layers("massive", n_vision=20_000)
+    metric = _stream(ModalityIntegrationRate(LAYERS, WIDTH), vision, text, 9)
+    expected = metric.compute().item()
+    metric = cast(metric)
+    metric._computed = None
+    assert metric.compute().item() == expected
+
+
+def test_compute_on_cpu_and_a_change_of_device(device):
+    vision, text = hostile_layers("massive", n_vision=20_000)
+    metric = ModalityIntegrationRate(LAYERS, WIDTH, compute_on_cpu=True)
+    _stream(metric, [v.to(device) for v in vision], [t.to(device) for t in text], 9)
+    assert {t.device.type for name in metric._defaults for t in getattr(metric, name)} == {"cpu"}
+    assert metric.compute().item() == pytest.approx(modality_integration_rate(vision, text).item(), rel=1e-8)
+
+
+def test_another_device_than_before():
+    metric = ModalityIntegrationRate(1, WIDTH)
+    metric.update(torch.randn(3, WIDTH), torch.randn(3, WIDTH), layer=0)
+    metric.vision_0_rows[0] = metric.vision_0_rows[0].to("meta")
+    with pytest.raises(ValueError, match="tokens of layer 0 were on meta before and are on cpu now"):
+        metric.update(torch.randn(3, WIDTH), torch.randn(3, WIDTH), layer=0)
+
+
+def test_a_refused_update_adds_nothing():
+    vision, text = hostile_layers("plain")
+    metric = _stream(ModalityIntegrationRate(LAYERS, WIDTH), vision, text, 2)
+    expected = metric.compute().item()
+    with pytest.raises(ValueError, match="text hidden states of layer 1 hold NaN"):
+        metric.update(vision[1], torch.full((3, WIDTH), torch.nan), layer=1)
+    assert metric.compute().item() == expected
+
+
+def test_breakdown_adds_up_and_counts():
+    vision, text = hostile_layers("massive", torch.float64)
+    metric = _stream(ModalityIntegrationRate(LAYERS, WIDTH), vision, text, 7)
+    for layer, v, t in zip(metric.compute_breakdown(), vision, text, strict=True):
+        alpha = 1 / t.norm(dim=1).mean()
+        for index, tokens in enumerate((v, t)):
+            bad = oracle.outliers(tokens.numpy())
+            clean = alpha * tokens[torch.from_numpy(~bad)]
+            eigenvalues = np.linalg.eigvalsh(oracle.covariance(clean.numpy()))
+            shares = eigenvalues / eigenvalues.sum()
+            assert layer.outliers[index] == bad.sum() > 0
+            assert layer.tokens[index] == len(tokens)
+            assert layer.total_variance[index].item() == pytest.approx(eigenvalues.sum(), rel=1e-10)
+            assert layer.effective_rank[index].item() == pytest.approx(
+                np.exp(-(shares * np.log(shares)).sum()), rel=1e-9
+            )
+        means = [m[torch.from_numpy(~oracle.outliers(m.numpy()))].mean(0) for m in (v, t)]
+        assert layer.mean_gap.item() == pytest.approx(
+            (alpha * (means[0] - means[1])).square().sum().item(), rel=1e-10
+        )
+        assert layer.scale.item() == pytest.approx(alpha.item(), rel=1e-12)
+
+
+def test_a_collapsed_projector_has_a_low_mir_and_a_low_rank():
+    """Nearly constant vision tokens amid the text are close to it; only their rank tells."""
+    generator = torch.Generator().manual_seed(0)
+    spectrum = torch.logspace(0, -3, 64)  # as of real hidden states: a few directions carry the variance
+    text = torch.randn(4000, 64, generator=generator) * spectrum + 0.2
+    healthy = torch.randn(4000, 64, generator=generator) * spectrum.flip(0) + 0.2
+    collapsed = text.mean(0) + 0.3 * torch.randn(4000, 1, generator=generator) * torch.eye(64)[0]
+    found = {}
+    for name, vision in (("healthy", healthy), ("collapsed", collapsed)):
+        metric = ModalityIntegrationRate(1, 64)
+        metric.update(vision, text, layer=0)
+        found[name] = metric.compute().item(), metric.compute_breakdown()[0].effective_rank
+    assert found["collapsed"][0] < found["healthy"][0] - 0.3
+    assert found["collapsed"][1][0] < 1.5 < 10 < found["healthy"][1][0]
+
+
+def test_plot_draws_layers_and_values_over_time():
+    from matplotlib.figure import Figure
+
+    metric = _stream(ModalityIntegrationRate(LAYERS, WIDTH), *hostile_layers("plain"), 2)
+    _, axes = metric.plot()
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    np.testing.assert_allclose(lines["Fréchet distance"], metric.compute_layers())
+    np.testing.assert_allclose(lines["mean gap"] + lines["covariance gap"], lines["Fréchet distance"])
+    assert axes.get_xlabel() == "decoder layer"
+    axes = Figure().subplots()
+    assert metric.plot(ax=axes) == (None, axes)
+    _, axes = metric.plot([torch.tensor(2.0), torch.tensor(1.5), torch.tensor(1.0)])
+    assert any(list(line.get_ydata()) == [2.0, 1.5, 1.0] for line in axes.get_lines())
+
+
 def _uneven_ranks(rank, world):
     """Rank 1 of 2 gets a third; with 3 or more ranks the last has nothing."""
     vision, text = hostile_layers("massive", n_vision=900)
@@ -194,7 +370,13 @@ def test_ranks_with_different_numbers_of_tokens_agree_with_one_process(world):
             ValueError,
             r"layer must lie in 0 .. 1, got 2",
         ),
-        ((torch.randn(3, 5), torch.randn(3, WIDTH), 0), ValueError, "vision .* hidden_size=24, got 5"),
+        ((torch.randn(3, 5), torch.randn(3, 5), 0), ValueError, "layer 0 must have width hidden_size=24, got 5"),
+        ((torch.randn(3, 5), torch.randn(3, WIDTH), 1), ValueError, "layer 1 must have one width, got 5 and 24"),
+        (
+            (torch.randn(3, WIDTH), torch.empty(3, WIDTH, device="meta"), 1),
+            ValueError,
+            "vision and text tokens of layer 1 must be on one device, got cpu and meta",
+        ),
         ((torch.randn(3, WIDTH), torch.ones(3, WIDTH).int(), 0), TypeError, "text tokens .* floating point"),
         (
             (torch.randn(3, WIDTH), torch.full((3, WIDTH), torch.nan), 1),
@@ -218,7 +400,13 @@ def test_one_token_short():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [((0, 3), "num_layers"), ((3, 0), "hidden_size"), ((1, 1, "x"), "variant")]
+    ("arguments", "message"),
+    [
+        ((0, 3), "num_layers"),
+        ((3, 0), "hidden_size"),
+        ((1, 1, "x"), "variant"),
+        ((1, 1, "paper", torch.float16), "accumulator must be torch.float64 or torch.float32, got torch.float16"),
+    ],
 )
 def test_bad_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
