@@ -185,37 +185,44 @@ class ModalityIntegrationRate(Metric):
             self._accumulate(group, tokens[is_inlier(norms, self._fixed_bounds[group])])
             return
         held = self._state(group, "rows")
-        held_bytes = sum(rows.nbytes for rows in held) + tokens.nbytes
         room = max(packed_size(self.hidden_size) * self.accumulator.itemsize, _LEAST_ROOM)
-        if self.variant != "paper" or (not self._state(group, "moments") and held_bytes <= room):
+        first = not self._state(group, "moments")
+        if self.variant != "paper" or (first and _bytes_of(held) + tokens.nbytes <= room):
             held.append(tokens.clone())
             return
-        self._accumulate_usual(group, tokens, norms, room // 2)
+        if first:
+            tokens, norms = torch.cat([*held, tokens]), torch.cat([*map(norms_of, held), norms])
+            held.clear()
+        self._sort(group, tokens, norms, room // 2)
 
-    def _accumulate_usual(self, group: str, tokens: Tensor, norms: Tensor, room: int) -> None:
+    def _sort(self, group: str, tokens: Tensor, norms: Tensor, room: int) -> None:
         """Accumulate the tokens with usual norms; hold the others back for the final outlier rule.
 
-        Held tokens beyond ``room`` bytes are released, the most usual first, but never one that is an
-        outlier among all seen so far.
+        Where more than ``room`` bytes are held, those that have become usual are released, and the more usual
+        half of the others, but never one that is an outlier among all seen so far.
         """
         held = self._state(group, "rows")
-        if held:
-            norms = torch.cat([*map(norms_of, held), norms])
-            tokens = torch.cat([*held, tokens])
-        seen = torch.cat([*self._state(group, "norms"), norms])
+        seen = torch.cat([*self._state(group, "norms"), *map(norms_of, held), norms])
         median, outlier_margin = inlier_bounds(seen)
-        offset = (norms - median).abs()
-        usual = offset <= _usual_margin(seen, median, outlier_margin)
-        if int((~usual).sum()) * tokens[:1].nbytes > room:
-            open_inliers = offset[~usual & (offset <= outlier_margin)]
-            if len(open_inliers):
-                usual |= offset <= open_inliers.median()
+        margin = _usual_margin(seen, median, outlier_margin)
+        self._split(group, tokens, norms, (norms - median).abs() <= margin)
+        if _bytes_of(held) > room:
+            rows = torch.cat(held)
+            held.clear()
+            norms = norms_of(rows)
+            offset = (norms - median).abs()
+            inliers = offset[offset <= outlier_margin]
+            if len(inliers):
+                margin = torch.maximum(margin, inliers.median())
+            self._split(group, rows, norms, offset <= margin)
+
+    def _split(self, group: str, tokens: Tensor, norms: Tensor, usual: Tensor) -> None:
         if usual.all():
             self._accumulate(group, tokens)
         else:
             self._accumulate(group, tokens[usual])
+            self._state(group, "rows").append(tokens[~usual])
         self._state(group, "norms").append(norms[usual])
-        setattr(self, f"{group}_rows", [] if usual.all() else [tokens[~usual]])
 
     def _accumulate(self, group: str, tokens: Tensor) -> None:
         if not len(tokens):
@@ -406,9 +413,8 @@ class ModalityIntegrationRate(Metric):
             ModuleNotFoundError: without matplotlib.
         """
         if val is not None:
-            figure, axes = self._plot(val, ax)
-            return figure, cast("Axes", axes)
-        figure = None
+            return cast("tuple[Figure, Axes]", self._plot(val, ax))
+        figure: Figure | None = None
         if ax is None:
             figure, ax = _subplots()
         layers = self.compute_breakdown()
@@ -428,6 +434,10 @@ def _subplots() -> tuple[Figure, Axes]:
         raise ModuleNotFoundError("plot needs matplotlib: pip install 'mir-lightning[recipes]'.") from error
     figure = pyplot.figure()
     return figure, figure.add_subplot()
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _usual_margin(norms: Tensor, median: Tensor, outlier_margin: Tensor) -> Tensor:

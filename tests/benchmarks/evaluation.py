@@ -16,7 +16,7 @@ from mir_lightning.llava.backbones import build_packaged_llava, build_packaged_p
 from mir_lightning.llava.shapes import draw_sample
 
 
-def _probe(samples, length, batch_size=4, pictures=3):
+def build_probe(samples, length, batch_size=4, pictures=3):
     """``pictures`` of 49 vision tokens a sample, then text up to ``length`` tokens."""
     processor = build_packaged_processor()
     words = processor.tokenizer(" ".join(draw_sample("train", i)[1] for i in range(40)))["input_ids"]
@@ -34,18 +34,24 @@ def _probe(samples, length, batch_size=4, pictures=3):
     return Probe(batches)
 
 
+def build_model():
+    """The packaged LLaVA with a random projector: its own starts silent, and silence has no covariance."""
+    torch.manual_seed(0)
+    model = build_packaged_llava().eval()
+    for part in model.model.multi_modal_projector.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.reset_parameters()
+    return model
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    model = build_packaged_llava().eval()
-    for part in model.model.multi_modal_projector.modules():
-        if isinstance(part, torch.nn.Linear):
-            part.reset_parameters()
-    probe = _probe(options.samples, options.length)
+    model = build_model()
+    probe = build_probe(options.samples, options.length)
     bare, evaluated = [], []
     for _ in range(options.pairs):
         start = time.perf_counter()
