@@ -38,6 +38,8 @@ lint: $(INSTALLED)  ## style and types
 bench: $(INSTALLED)  ## time and memory, as ratios in one run
 	$(BIN)/python -m tests.benchmarks.evaluation
 	$(BIN)/python -m tests.benchmarks.square_root --sqrtm
+	$(BIN)/python -m tests.benchmarks.accumulation
+	$(BIN)/python -m tests.benchmarks.official
 
 docs: $(INSTALLED)  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict

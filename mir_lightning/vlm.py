@@ -149,11 +149,11 @@ def vision_token_ids(config: PreTrainedConfig) -> set[int]:
     )
 
 
-def token_masks(config: PreTrainedConfig, batch: Mapping[str, Any], text: TextPositions) -> TokenMasks:
+def token_masks(config: PreTrainedConfig | None, batch: Mapping[str, Any], text: TextPositions) -> TokenMasks:
     """Vision and text positions of a batch.
 
     Args:
-        config: the model's config.
+        config: the model's config; needed where the batch has no ``vision_mask``.
         batch: what the model's forward takes: ``input_ids`` ``[B, S]``, perhaps ``attention_mask``; a
             ``vision_mask`` or ``text_mask`` in it wins over what would be found.
         text: ``"after_vision"``: valid positions after the sample's first vision position, vision excluded
@@ -184,9 +184,14 @@ def token_masks(config: PreTrainedConfig, batch: Mapping[str, Any], text: TextPo
     return TokenMasks(vision, chosen & valid & ~vision)
 
 
-def _default_vision_mask(config: PreTrainedConfig, batch: Mapping[str, Any]) -> Tensor:
+def _default_vision_mask(config: PreTrainedConfig | None, batch: Mapping[str, Any]) -> Tensor:
     if "image_embeds_position_mask" in batch:  # kosmos-2, kosmos-2.5
         return batch["image_embeds_position_mask"].bool()
+    if config is None:
+        raise ValueError(
+            "the model has no Hugging Face config to find vision tokens with: give each probe batch a "
+            '"vision_mask" (bool [B, S]).'
+        )
     input_ids = batch["input_ids"]
     return torch.isin(input_ids, torch.tensor(sorted(vision_token_ids(config)), device=input_ids.device))
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from transformers import PreTrainedModel
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
-from mir_lightning.callbacks.reporting import (
-    define_wandb_metric,
-    heatmap_figure,
-    layer_figure,
-    log_pictures,
-    log_scalars,
-    scalars,
-)
-from mir_lightning.functional.checks import check_at_least_one, check_choice
+from mir_lightning.callbacks import reporting
+from mir_lightning.callbacks.schedule import Schedule, tokens_of
+from mir_lightning.callbacks.strategies import check_data_parallel, forward_through_strategy
+from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.mir import Variant
 from mir_lightning.probing.evaluate import MIRResult, check_probe, evaluate_mir
 from mir_lightning.probing.probe import Probe, ProbeLike
+from mir_lightning.probing.run import HiddenStates
 from mir_lightning.vlm import TextPositions, find_decoder, find_vlm
 
 OnError = Literal["warn", "raise"]
+
+_STATE_VERSION = 2
 
 
 class MIRCallback(pl.Callback):
@@ -33,13 +33,18 @@ class MIRCallback(pl.Callback):
     is the same bit for bit with and without the callback. Logged to every logger of the Trainer, and set in
     ``trainer.callback_metrics`` (so that ``ModelCheckpoint(monitor="mir")`` works): ``mir``,
     ``mir_layers/layer_01`` and on, ``mir_rank/vision`` and ``mir_rank/text`` (mean effective rank; a low MIR
-    with a low vision rank is collapse, not alignment), ``mir_probe/seconds``, and with labels in the probe
-    ``mir_probe/loss`` and ``mir_probe/perplexity``; pictures ``mir_media/layers`` and ``mir_media/heatmap``.
+    with a low vision rank is collapse, not alignment), ``mir_outliers/vision`` and ``mir_outliers/text`` (share
+    of the tokens), ``mir_probe/seconds``, ``mir_probe/overhead`` (share of the training time so far), and with
+    labels in the probe ``mir_probe/loss`` and ``mir_probe/perplexity``; pictures ``mir_media/layers``,
+    ``mir_media/heatmap`` and ``mir_media/tokens``.
+
+    Distributed, each rank runs its share of the probe's batches, and all log and see the number of the whole
+    probe. Give every rank the same probe.
 
     Args:
         probe: a :class:`~mir_lightning.Probe`, a ``DataLoader``, a list of batches, or a zero-argument
             callable that makes one when the fit starts.
-        every_n_steps: optimizer steps between evaluations.
+        every_n_steps: optimizer steps between evaluations; ``None`` for none. The schedules below add to it.
         at_start: evaluate before the first step.
         at_end: evaluate after the last step, if that step was not evaluated yet.
         variant: ``"paper"``, ``"official"`` or ``"official-fast"``.
@@ -48,16 +53,28 @@ class MIRCallback(pl.Callback):
         name: prefix of everything logged; choose another for a second probe.
         on_error: what a failed evaluation does once training runs: ``"warn"`` reports it with the step and
             training goes on; ``"raise"`` stops. What can be checked at the start always raises.
+        at_steps: also evaluate after these optimizer steps.
+        growth: also evaluate after 1, 2, ... steps, each point about ``growth`` times the last: for long runs.
+        every_n_epochs: also evaluate at the end of every so many training epochs.
+        every_n_tokens: also evaluate whenever so many more tokens (over all ranks, padding left out) have been
+            trained on. Needs ``attention_mask`` or ``input_ids`` in the training batches, and adds up one number
+            across ranks a step.
+        max_overhead: largest share of the training time that evaluations may take, start and end apart. One
+            that would exceed it is left out, and the log says so.
+        strict_probe: raise, instead of warning, when a run resumes with a probe of other contents.
+        hidden_states: for models that are not Hugging Face's, see :func:`~mir_lightning.evaluate_mir`; called
+            with the LightningModule (or what is at ``model``) and a batch.
+        picture_layer: decoder layer, counted from 1, whose tokens are drawn; the middle one when None.
 
     Raises:
-        ValueError: for ``every_n_steps`` below 1 or an unknown option; when the fit starts, for a probe or a
-            module that does not fit.
+        ValueError: for an unknown option or an interval below 1; when the fit starts, for a probe or a module
+            that does not fit, ranks with different probes, or tensor parallelism.
     """
 
     def __init__(
         self,
         probe: ProbeLike,
-        every_n_steps: int = 500,
+        every_n_steps: int | None = 500,
         at_start: bool = True,
         at_end: bool = True,
         variant: Variant = "paper",
@@ -65,13 +82,22 @@ class MIRCallback(pl.Callback):
         model: str | None = None,
         name: str = "mir",
         on_error: OnError = "warn",
+        at_steps: Sequence[int] = (),
+        growth: float | None = None,
+        every_n_epochs: int | None = None,
+        every_n_tokens: int | None = None,
+        max_overhead: float | None = None,
+        strict_probe: bool = False,
+        hidden_states: HiddenStates | None = None,
+        picture_layer: int | None = None,
     ) -> None:
-        check_at_least_one(every_n_steps=every_n_steps)
         check_choice("variant", variant, Variant)
         check_choice("text", text, TextPositions)
         check_choice("on_error", on_error, OnError)
+        if max_overhead is not None and not 0 < max_overhead <= 1:
+            raise ValueError(f"max_overhead must lie above 0 and up to 1, got {max_overhead}.")
+        self.schedule = Schedule(every_n_steps, tuple(at_steps), growth, every_n_epochs, every_n_tokens)
         self.probe = probe
-        self.every_n_steps = every_n_steps
         self.at_start = at_start
         self.at_end = at_end
         self.variant = variant
@@ -79,9 +105,20 @@ class MIRCallback(pl.Callback):
         self.model = model
         self.name = name
         self.on_error = on_error
+        self.max_overhead = max_overhead
+        self.strict_probe = strict_probe
+        self.hidden_states = hidden_states
+        self.picture_layer = picture_layer
         self.history: list[dict[str, Any]] = []
         self._last_step: int | None = None
-        self._vlm: PreTrainedModel | None = None
+        self._stepped = 0
+        self._tokens = 0
+        self._tokens_of_step = 0
+        self._train_seconds = 0.0
+        self._probe_seconds = 0.0
+        self._clock = 0.0
+        self._restored_fingerprint: str | None = None
+        self._network: nn.Module | None = None
         self._warned: set[str] = set()
 
     @property
@@ -91,67 +128,145 @@ class MIRCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the model and check the probe, so that mistakes show before the first step."""
-        self._vlm = find_vlm(pl_module, self.model)
-        find_decoder(self._vlm)
+        check_data_parallel(trainer)
+        if self.hidden_states is None:
+            vlm = find_vlm(pl_module, self.model)
+            find_decoder(vlm)
+            config, self._network = vlm.config, vlm
+        else:
+            config, self._network = None, pl_module.get_submodule(self.model or "")
         self.probe = Probe.of(self.probe)
-        check_probe(self._vlm, self.probe, self.text)
-        define_wandb_metric(trainer, self.name)
+        check_probe(config, self.probe, self.text)
+        self._check_fingerprint(trainer, self.probe.fingerprint)
+        reporting.describe_run(trainer, self.name, self._settings(self.probe))
+
+    def _check_fingerprint(self, trainer: pl.Trainer, fingerprint: str) -> None:
+        same = trainer.strategy.broadcast(fingerprint) == fingerprint
+        if not trainer.strategy.reduce_boolean_decision(same, all=True):
+            raise ValueError("probe: the ranks hold probes of different contents; give every rank the same one.")
+        restored = self._restored_fingerprint
+        if restored is not None and restored != fingerprint:
+            message = (
+                f"probe: its fingerprint {fingerprint[:12]} is not that of the checkpoint, {restored[:12]}: the "
+                f"points of the {self.name} curve before and after it are not comparable."
+            )
+            if self.strict_probe:
+                raise ValueError(message)
+            rank_zero_warn(message)
+
+    def _settings(self, probe: Probe) -> dict[str, Any]:
+        return {
+            "variant": self.variant,
+            "text": self.text,
+            "probe_fingerprint": probe.fingerprint,
+            "probe_batches": len(probe),
+        }
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Step 0."""
-        if self.at_start and trainer.global_step == 0:
-            self._evaluate(trainer)
+        """Step 0; on resume, a point that the interrupted run was due but did not reach."""
+        self._clock = time.monotonic()
+        self._stepped = step = trainer.global_step
+        if (self.at_start and step == 0) or (step and self.schedule.due_at_step(step)):
+            self._evaluate(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Every N optimizer steps, once each (micro-batches of an accumulation share a step)."""
-        if trainer.global_step and trainer.global_step % self.every_n_steps == 0:
-            self._evaluate(trainer)
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate once after each optimizer step that is due (micro-batches of an accumulation share one)."""
+        if self.schedule.every_n_tokens is not None:
+            self._tokens_of_step += tokens_of(batch)
+        before, self._stepped = self._stepped, trainer.global_step
+        if self._stepped == before:
+            return
+        due = any(self.schedule.due_at_step(step) for step in range(before + 1, self._stepped + 1))
+        if self.schedule.every_n_tokens is not None:
+            due |= self._count_tokens(trainer)
+        if due and self._affordable(trainer):
+            self._evaluate(trainer, pl_module)
+
+    def _count_tokens(self, trainer: pl.Trainer) -> bool:
+        """Add a step's tokens over all ranks; whether that passed a point."""
+        of_step = torch.tensor(self._tokens_of_step, device=trainer.strategy.root_device)
+        before, self._tokens_of_step = self._tokens, 0
+        self._tokens += int(trainer.strategy.reduce(of_step, reduce_op="sum"))
+        return self.schedule.due_at_tokens(before, self._tokens)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate at the end of each epoch that is due."""
+        if self.schedule.due_at_epoch(trainer.current_epoch + 1) and self._affordable(trainer):
+            self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Last step."""
         if self.at_end:
-            self._evaluate(trainer)
+            self._evaluate(trainer, pl_module)
 
-    def _evaluate(self, trainer: pl.Trainer) -> None:
+    def _seconds_of_training(self) -> float:
+        return self._train_seconds + time.monotonic() - self._clock
+
+    def _affordable(self, trainer: pl.Trainer) -> bool:
+        """Whether one more evaluation like the last keeps within ``max_overhead``; rank 0 decides for all."""
+        if self.max_overhead is None or not self.history:
+            return True
+        last = self.history[-1]["seconds"]
+        share = (self._probe_seconds + last) / (self._seconds_of_training() + last)
+        affordable = bool(trainer.strategy.broadcast(share <= self.max_overhead))
+        if not affordable:
+            rank_zero_info(
+                f"{self.name}: evaluation at step {trainer.global_step} left out: with it, evaluations would have "
+                f"taken {share:.1%} of the training time, above max_overhead={self.max_overhead:.1%}."
+            )
+        return affordable
+
+    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
         if step == self._last_step:
             return
         self._last_step = step
-        assert self._vlm is not None
-        assert isinstance(self.probe, Probe)
+        network, probe = self._network, self.probe
+        assert network is not None
+        assert isinstance(probe, Probe)
+        start = time.monotonic()
         try:
             with trainer.precision_plugin.forward_context():
-                result = evaluate_mir(self._vlm, self.probe, self.variant, self.text)
-            self._report(trainer, result)
+                result = evaluate_mir(
+                    network,
+                    probe,
+                    self.variant,
+                    self.text,
+                    forward=forward_through_strategy(trainer, pl_module, network),
+                    hidden_states=self.hidden_states,
+                    sample_layer=self.picture_layer,
+                    distributed=trainer.world_size > 1,
+                )
         except Exception as error:
             if self.on_error == "raise":
                 raise
             self._warn_once(f"MIR evaluation at step {step} failed, training goes on: {error}", str(error))
+            return
+        finally:
+            self._probe_seconds += time.monotonic() - start
+        self._report(trainer, result)
 
     def _report(self, trainer: pl.Trainer, result: MIRResult) -> None:
         step = trainer.global_step
         trainer.callback_metrics[self.name] = torch.tensor(result.mir, device=trainer.strategy.root_device)
-        self.history.append(
-            {
-                "step": step,
-                "mir": result.mir,
-                "loss": result.loss,
-                "perplexity": result.perplexity,
-                "seconds": result.seconds,
-                "vision_rank": result.effective_rank[:, 0].mean().item(),
-                "text_rank": result.effective_rank[:, 1].mean().item(),
-                "layers": result.layers.tolist(),
-            }
-        )
-        log_scalars(trainer, scalars(result, self.name))
-        if trainer.is_global_zero:
+        self.history.append(reporting.point(result, step))
+        values = reporting.scalars(result, self.name)
+        values[f"{self.name}_probe/overhead"] = self._probe_seconds / max(self._seconds_of_training(), 1e-9)
+        reports: list[Callable[[], None]] = [
+            lambda: reporting.log_scalars(trainer, values),
+            lambda: reporting.log_pictures(trainer, self.name, result, self.history),
+        ]
+        for report in reports:
             try:
-                heatmap = heatmap_figure(
-                    [point["step"] for point in self.history], [point["layers"] for point in self.history]
-                )
-                log_pictures(trainer, self.name, {"layers": layer_figure(result, step), "heatmap": heatmap})
-            except (ImportError, OSError) as error:
-                self._warn_once(f"MIR pictures of step {step} could not be drawn: {error}", str(error))
+                report()
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                self._warn_once(f"MIR of step {step} could not be logged everywhere: {error}", str(error))
+        if message := reporting.collapse_warning(self.history):
+            self._warn_once(f"{self.name}: {message}", "collapse")
 
     def _warn_once(self, message: str, cause: str) -> None:
         if cause not in self._warned:
@@ -160,9 +275,30 @@ class MIRCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The curve so far; plain numbers, loadable with ``weights_only``."""
-        return {"last_step": self._last_step, "history": self.history}
+        return {
+            "version": _STATE_VERSION,
+            "fingerprint": self.probe.fingerprint if isinstance(self.probe, Probe) else None,
+            "last_step": self._last_step,
+            "history": self.history,
+            "tokens": self._tokens,
+            "train_seconds": self._seconds_of_training() if self._clock else self._train_seconds,
+            "probe_seconds": self._probe_seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the curve of a checkpoint."""
+        """Continue the curve of a checkpoint.
+
+        Raises:
+            ValueError: for the state of another version.
+        """
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint's {self.name} state has version {state_dict.get('version')}, this one reads "
+                f"{_STATE_VERSION}: train on without it, or with the mir-lightning that wrote it."
+            )
         self._last_step = state_dict["last_step"]
         self.history = list(state_dict["history"])
+        self._tokens = state_dict["tokens"]
+        self._train_seconds = state_dict["train_seconds"]
+        self._probe_seconds = state_dict["probe_seconds"]
+        self._restored_fingerprint = state_dict["fingerprint"]

@@ -1,12 +1,13 @@
-"""What a MIR evaluation looks like in loggers: names of the scalars, and two pictures."""
+"""What a MIR evaluation looks like in loggers: names of the scalars, tables and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from mir_lightning.probing.evaluate import MIRResult
@@ -25,6 +26,9 @@ def scalars(result: MIRResult, name: str = "mir") -> dict[str, float]:
         name: result.mir,
         f"{name}_rank/vision": rank[0].item(),
         f"{name}_rank/text": rank[1].item(),
+        f"{name}_outliers/vision": result.outliers[:, 0].sum().item()
+        / (result.vision_tokens * len(result.layers)),
+        f"{name}_outliers/text": result.outliers[:, 1].sum().item() / (result.text_tokens * len(result.layers)),
         f"{name}_probe/seconds": result.seconds,
     }
     if result.loss is not None and result.perplexity is not None:
@@ -32,6 +36,32 @@ def scalars(result: MIRResult, name: str = "mir") -> dict[str, float]:
     for layer, distance in enumerate(result.layers.tolist(), start=1):
         values[f"{name}_layers/layer_{layer:02d}"] = distance
     return values
+
+
+def point(result: MIRResult, step: int) -> dict[str, Any]:
+    """One point of a run's history: plain numbers, small enough for every checkpoint."""
+    return {
+        "step": step,
+        "mir": result.mir,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "seconds": result.seconds,
+        "vision_rank": result.effective_rank[:, 0].mean().item(),
+        "text_rank": result.effective_rank[:, 1].mean().item(),
+        "layers": result.layers.tolist(),
+    }
+
+
+def collapse_warning(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to tell of a MIR below its first value whose vision tokens have lost half their effective rank."""
+    first, last = history[0], history[-1]
+    if last["mir"] >= first["mir"] or last["vision_rank"] >= first["vision_rank"] / 2:
+        return None
+    return (
+        f"MIR fell from {first['mir']:.3f} to {last['mir']:.3f} by step {last['step']}, but the effective rank of "
+        f"the vision tokens fell too, from {first['vision_rank']:.1f} to {last['vision_rank']:.1f}: this may be "
+        "collapse, not alignment."
+    )
 
 
 def layer_figure(result: MIRResult, step: int) -> Figure:
@@ -81,6 +111,33 @@ def heatmap_figure(steps: Sequence[int], layers: Sequence[Sequence[float]]) -> F
     return figure
 
 
+def token_figure(result: MIRResult, step: int) -> Figure:
+    """Vision and text tokens of one layer on the first two principal components of both together."""
+    tokens = torch.cat(result.sample)
+    centred = tokens - tokens.mean(dim=0)
+    _, deviations, directions = torch.linalg.svd(centred, full_matrices=False)
+    plane = (centred @ directions[:2].T).numpy()
+    shares = (deviations.square() / deviations.square().sum().clamp(min=1e-300))[:2].tolist()
+    figure = _figure()
+    axes = figure.subplots()
+    vision = len(result.sample[0])
+    for part, colour, marker, label in (
+        (plane[:vision], _MEAN_COLOUR, "o", "vision tokens"),
+        (plane[vision:], _COV_COLOUR, "^", "text tokens"),
+    ):
+        axes.scatter(
+            part[:, 0], part[:, -1], s=9, alpha=0.6, linewidths=0, color=colour, marker=marker, label=label
+        )
+    axes.set(
+        xlabel=f"first component ({shares[0]:.0%} of the variance)",
+        ylabel=f"second component ({shares[-1]:.0%})",
+        title=f"Step {step}: tokens after layer {result.sample_layer} of {len(result.layers)}",
+    )
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def curve_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     """A run at a glance: MIR, held-out loss and effective ranks over optimizer steps."""
     figure = _figure()
@@ -115,36 +172,72 @@ def _figure() -> Figure:
 
 def log_scalars(trainer: pl.Trainer, values: dict[str, float]) -> None:
     """Give ``values`` to every logger at the Trainer's optimizer step, and write them out at once."""
+    _for_each_logger(trainer, lambda logger: _log_and_save(logger, values, trainer.global_step))
+
+
+def _log_and_save(logger: Logger, values: dict[str, float], step: int) -> None:
+    logger.log_metrics(values, step=step)
+    logger.save()
+
+
+def _for_each_logger(trainer: pl.Trainer, log: Callable[[Logger], None]) -> None:
+    """All loggers get their chance; the first error is raised afterwards."""
+    errors = []
     for logger in trainer.loggers:
-        logger.log_metrics(values, step=trainer.global_step)
-        logger.save()
+        try:
+            log(logger)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
-def define_wandb_metric(trainer: pl.Trainer, name: str) -> None:
-    """W&B: the run's summary keeps the lowest MIR, plotted over optimizer steps."""
+def describe_run(trainer: pl.Trainer, name: str, settings: dict[str, Any]) -> None:
+    """W&B: settings in the run's config; its summary keeps the lowest MIR, plotted over optimizer steps."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
             logger.experiment.define_metric(name, summary="min", step_metric="trainer/global_step")
+            logger.experiment.config.update({name: settings}, allow_val_change=True)
 
 
-def log_pictures(trainer: pl.Trainer, name: str, figures: dict[str, Figure]) -> None:
+def log_pictures(trainer: pl.Trainer, name: str, result: MIRResult, history: Sequence[Mapping[str, Any]]) -> None:
     """Pictures to W&B and TensorBoard under ``<name>_media/``, and as PNG files beside the CSV log.
 
-    Without a CSV logger the files go to the Trainer's ``default_root_dir``.
+    W&B also gets a table of the layers. Without a CSV logger the files go to the Trainer's ``default_root_dir``.
     """
+    if not trainer.is_global_zero:
+        return
+    step = trainer.global_step
+    figures = {
+        "layers": layer_figure(result, step),
+        "heatmap": heatmap_figure([p["step"] for p in history], [p["layers"] for p in history]),
+        "tokens": token_figure(result, step),
+    }
     folder = picture_folder(trainer, name)
     folder.mkdir(parents=True, exist_ok=True)
     for key, figure in figures.items():
         figure.savefig(folder / f"{key}.png")
-        for logger in trainer.loggers:
-            _log_picture(logger, f"{name}_media/{key}", figure, trainer.global_step)
+    _for_each_logger(trainer, lambda logger: _log_media(logger, f"{name}_media", figures, result, step))
 
 
-def _log_picture(logger: Logger, key: str, figure: Figure, step: int) -> None:
+def _log_media(logger: Logger, prefix: str, figures: Mapping[str, Figure], result: MIRResult, step: int) -> None:
     if isinstance(logger, WandbLogger):
-        logger.log_image(key, [figure], step=step)
+        for key, figure in figures.items():
+            logger.log_image(f"{prefix}/{key}", [figure], step=step)
+        columns, rows = _layer_table(result, step)
+        logger.log_table(f"{prefix}/table", columns=columns, data=rows, step=step)
     elif isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_figure(key, figure, global_step=step)
+        for key, figure in figures.items():
+            logger.experiment.add_figure(f"{prefix}/{key}", figure, global_step=step)
+
+
+def _layer_table(result: MIRResult, step: int) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of all that is known by layer."""
+    columns = ["step", "layer", "distance", "mean gap", "covariance gap", "vision rank", "text rank"]
+    columns += ["vision outliers", "text outliers"]
+    numbers = torch.stack([result.layers, result.mean_gap, result.cov_gap], dim=1)
+    rows = torch.cat([numbers, result.effective_rank, result.outliers], dim=1).tolist()
+    return columns, [[step, layer, *row] for layer, row in enumerate(rows, start=1)]
 
 
 def picture_folder(trainer: pl.Trainer, name: str = "mir") -> Path:

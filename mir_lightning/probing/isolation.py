@@ -10,15 +10,21 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 
+_CAPTURING = "_output_capturing_hooks_installed"  # how transformers marks a model after its first forward
+
+
 @contextmanager
 def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no compilation inside; afterwards everything is as before.
 
-    Restored, also after an error: the training flag of every module (each its own), and the random states of
-    Python, NumPy, torch and its devices. ``no_grad`` and not ``inference_mode``, whose tensors a later
+    Restored, also after an error: the training flag of every module (each its own), the random states of
+    Python, NumPy, torch and its devices, and the hooks that transformers adds in a model's first forward (had
+    they been there, a model compiled later would be traced differently). ``no_grad`` and not ``inference_mode``, whose tensors a later
     training step may not use. Compiled modules run eagerly, because they ignore hooks added after compilation.
     """
     training = {module: module.training for module in model.modules()}
+    hooks = {module: list(module._forward_hooks) for module in training}
+    marked = {module for module in training if _CAPTURING in vars(module)}
     error: BaseException | None = None
     with isolate_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
@@ -30,5 +36,11 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in training.items():
                 module.training = mode
+            newly_marked = [module for module in training if _CAPTURING in vars(module) and module not in marked]
+            for module in newly_marked:
+                delattr(module, _CAPTURING)
+            for module in training if newly_marked else ():
+                for hook in module._forward_hooks.keys() - hooks[module]:
+                    del module._forward_hooks[hook]
     if error is not None:
         raise error

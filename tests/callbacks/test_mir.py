@@ -1,4 +1,5 @@
 import csv
+import json
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -7,34 +8,11 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from mir_lightning import MIRCallback, Probe, evaluate_mir
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
+from tests.training import Pretraining, fit
 from tests.wandb_offline import read_offline_run
-
-STEPS = 6
-
-
-class Pretraining(pl.LightningModule):
-    """Knows nothing of MIR; draws random numbers in training, so that a disturbed RNG would show."""
-
-    def __init__(self, **kwargs):
-        super().__init__()
-        self.vlm = tiny_llava(dropout=0.1, **kwargs)
-        self.vlm.train()
-        self.vlm.model.vision_tower.eval()
-
-    def training_step(self, batch, batch_idx):
-        loss = self.vlm(**batch).loss * (1 + 0.01 * torch.rand(()))
-        self.log("train/loss", loss)
-        return loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-    def train_dataloader(self):
-        return DataLoader([tiny_batch(seed=s) for s in range(8)], batch_size=None, shuffle=True)
 
 
 @pytest.fixture
@@ -42,68 +20,24 @@ def probe():
     return Probe([tiny_batch(seed=100 + s) for s in range(2)])
 
 
-def _fit(folder, callbacks=(), module=None, **options):
-    pl.seed_everything(0, verbose=False)
-    module = module or Pretraining()
-    options = {"logger": CSVLogger(folder), "max_steps": STEPS, "enable_checkpointing": False, **options}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **options,
-    )
-    trainer.fit(module)
-    return trainer, module
-
-
 def _rows(trainer):
     with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"accumulate_grad_batches": 3, "max_steps": 4, "max_epochs": 3},
-        {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
-        {"precision": "bf16-true"},
-    ],
-    ids=["plain", "accumulation", "bf16-mixed", "bf16-true"],
-)
-def test_weights_and_training_rows_are_the_same_bit_for_bit(tmp_path, probe, options):
-    plain, without = _fit(tmp_path / "a", **options)
-    seen, with_callback = _fit(tmp_path / "b", [MIRCallback(probe, every_n_steps=2)], **options)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(without.state_dict().values(), with_callback.state_dict().values(), strict=True)
-    )
-    states = [t.optimizers[0].state_dict()["state"] for t in (plain, seen)]
-    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
-    losses = [[(r["step"], r["train/loss"]) for r in _rows(t) if r["train/loss"]] for t in (plain, seen)]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == plain.global_step
-    assert {n: m.training for n, m in without.named_modules()} == {
-        n: m.training for n, m in with_callback.named_modules()
-    }
-
-
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_fires_at_start_every_n_optimizer_steps_and_at_the_end_once_each(tmp_path, probe, accumulate):
     callback = MIRCallback(probe, every_n_steps=2)
-    trainer, _ = _fit(tmp_path, [callback], max_steps=5, accumulate_grad_batches=accumulate)
+    trainer, _ = fit(tmp_path, [callback], max_steps=5, accumulate_grad_batches=accumulate)
     assert [point["step"] for point in callback.history] == [0, 2, 4, 5]
     assert [int(row["step"]) for row in _rows(trainer) if row["mir"]] == [0, 2, 4, 5]
     quiet = MIRCallback(probe, every_n_steps=2, at_start=False, at_end=False)
-    _fit(tmp_path, [quiet], max_steps=5, accumulate_grad_batches=accumulate)
+    fit(tmp_path, [quiet], max_steps=5, accumulate_grad_batches=accumulate)
     assert [point["step"] for point in quiet.history] == [2, 4]
 
 
 def test_logs_the_numbers_of_evaluate_mir_under_the_documented_names(tmp_path, probe):
-    trainer, module = _fit(tmp_path, [MIRCallback(probe, every_n_steps=4)])
+    trainer, module = fit(tmp_path, [MIRCallback(probe, every_n_steps=4)])
     last = [row for row in _rows(trainer) if row["mir"]][-1]
     result = evaluate_mir(module.vlm, probe)
     assert float(last["mir"]) == pytest.approx(result.mir, rel=1e-6)
@@ -128,9 +62,9 @@ def test_every_logger_gets_what_it_can_show(tmp_path, probe):
         TensorBoardLogger(tmp_path),
         WandbLogger(project="test", save_dir=tmp_path, offline=True),
     ]
-    trainer, _ = _fit(tmp_path, [MIRCallback(probe, every_n_steps=3)], logger=loggers)
+    trainer, _ = fit(tmp_path, [MIRCallback(probe, every_n_steps=3)], logger=loggers)
     pictures = Path(loggers[0].log_dir) / "mir_media"
-    for name in ("layers.png", "heatmap.png"):
+    for name in ("layers.png", "heatmap.png", "tokens.png"):
         assert Image.open(pictures / name).size == (768, 432)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -144,13 +78,19 @@ def test_every_logger_gets_what_it_can_show(tmp_path, probe):
     assert [row["trainer/global_step"] for row in rows] == [0, 3, 6]
     assert all("mir_layers/layer_03" in row for row in rows)
     assert rows[-1]["mir"] == pytest.approx(trainer.callback_metrics["mir"].item(), rel=1e-6)
-    images = [row["trainer/global_step"] for row in history if "mir_media/layers/_type" in row]
-    assert images == [0, 3, 6]
+    for picture in ("layers", "heatmap", "tokens", "table"):
+        assert [row["trainer/global_step"] for row in history if f"mir_media/{picture}/_type" in row] == [0, 3, 6]
+    table = json.loads(
+        max((media / "table" / "mir_media").glob("*.json"), key=lambda p: p.stat().st_mtime).read_text()
+    )
+    assert table["columns"][:3] == ["step", "layer", "distance"]
+    assert [row[:2] for row in table["data"]] == [[6, 1], [6, 2], [6, 3]]
+    assert [row[2] for row in table["data"]] == [rows[-1][f"mir_layers/layer_0{layer}"] for layer in (1, 2, 3)]
     assert len(list((media / "images" / "mir_media").glob("heatmap*.png"))) == 3
 
 
 def test_pictures_without_a_logger_go_to_the_root_dir(tmp_path, probe):
-    _fit(tmp_path, [MIRCallback(probe)], logger=False)
+    fit(tmp_path, [MIRCallback(probe)], logger=False)
     assert (tmp_path / "mir_media" / "layers.png").exists()
 
 
@@ -159,7 +99,7 @@ def test_checkpoint_and_early_stopping_see_the_value_of_their_step(tmp_path, pro
     keeper = ModelCheckpoint(
         tmp_path / "kept", "{step}-{mir:.6f}", monitor="mir", mode="min", every_n_train_steps=2, save_top_k=-1
     )
-    _fit(tmp_path, [callback, keeper], enable_checkpointing=True)
+    fit(tmp_path, [callback, keeper], enable_checkpointing=True)
     by_step = {point["step"]: point["mir"] for point in callback.history}
     kept = sorted((tmp_path / "kept").glob("*.ckpt"))
     assert len(kept) == 3
@@ -168,16 +108,16 @@ def test_checkpoint_and_early_stopping_see_the_value_of_their_step(tmp_path, pro
         assert float(mir) == pytest.approx(by_step[int(step)], abs=1e-6)
 
     stopper = EarlyStopping("mir", mode="min", divergence_threshold=-10.0, check_on_train_epoch_end=True)
-    trainer, _ = _fit(tmp_path, [MIRCallback(probe, every_n_steps=2), stopper], max_steps=100)
+    trainer, _ = fit(tmp_path, [MIRCallback(probe, every_n_steps=2), stopper], max_steps=100)
     assert trainer.global_step == 8  # the end of the first epoch
 
 
 def test_resume_continues_the_curve(tmp_path, probe):
     whole = MIRCallback(probe, every_n_steps=2)
-    _fit(tmp_path, [whole], max_steps=8)
+    fit(tmp_path, [whole], max_steps=8)
     first = MIRCallback(probe, every_n_steps=2)
     saver = ModelCheckpoint(tmp_path, "half", every_n_train_steps=4, save_top_k=1)
-    _fit(tmp_path, [first, saver], max_steps=4, enable_checkpointing=True)
+    fit(tmp_path, [first, saver], max_steps=4, enable_checkpointing=True)
     resumed = MIRCallback(probe, every_n_steps=2)
     pl.seed_everything(1, verbose=False)
     trainer = pl.Trainer(
@@ -204,28 +144,28 @@ def test_a_failed_evaluation_warns_once_and_training_goes_on_unchanged(tmp_path,
                     lambda m, a, out: out if torch.is_grad_enabled() else out * torch.nan
                 )
 
-    _, plain = _fit(tmp_path / "a")
+    _, plain = fit(tmp_path / "a")
     callback = MIRCallback(probe, every_n_steps=2)
     with pytest.warns(UserWarning, match=r"MIR evaluation at step 2 failed.*layer 1 hold NaN") as caught:
-        _, module = _fit(tmp_path / "b", [NaNFromStep2(), callback])
+        _, module = fit(tmp_path / "b", [NaNFromStep2(), callback])
     assert sum("MIR evaluation" in str(w.message) for w in caught) == 1
     assert [point["step"] for point in callback.history] == [0]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
     with pytest.raises(ValueError, match="layer 1 hold NaN or inf"):
-        _fit(tmp_path, [NaNFromStep2(), MIRCallback(probe, every_n_steps=2, on_error="raise")])
+        fit(tmp_path, [NaNFromStep2(), MIRCallback(probe, every_n_steps=2, on_error="raise")])
 
 
 def test_pictures_that_cannot_be_written_warn_and_lose_no_number(tmp_path, probe):
     (tmp_path / "mir_media").write_text("a file where the folder should be")
     callback = MIRCallback(probe, every_n_steps=3)
-    with pytest.warns(UserWarning, match="MIR pictures of step 0 could not be drawn"):
-        _fit(tmp_path, [callback], logger=False)
+    with pytest.warns(UserWarning, match="MIR of step 0 could not be logged everywhere: .*mir_media"):
+        fit(tmp_path, [callback], logger=False)
     assert len(callback.history) == 3
 
 
 def test_two_probes_keep_their_names_apart(tmp_path, probe):
     other = Probe([tiny_batch(seed=7)])
-    trainer, _ = _fit(tmp_path, [MIRCallback(probe, 3), MIRCallback(other, 3, name="docs")])
+    trainer, _ = fit(tmp_path, [MIRCallback(probe, 3), MIRCallback(other, 3, name="docs")])
     last = [row for row in _rows(trainer) if row["docs"]][-1]
     assert last["docs_layers/layer_01"]
     assert (Path(trainer.logger.log_dir) / "docs_media" / "layers.png").exists()
@@ -252,21 +192,21 @@ class NoModel(pl.LightningModule):
 
 def test_a_module_with_no_model_or_two(tmp_path, probe):
     with pytest.raises(ValueError, match=r"NoModel holds no Hugging Face model .*model=\"path.to.it\""):
-        _fit(tmp_path, [MIRCallback(probe)], NoModel())
+        fit(tmp_path, [MIRCallback(probe)], NoModel())
     with pytest.raises(ValueError, match=r"TwoModels holds 2 Hugging Face models \(vlm, teacher\)"):
-        _fit(tmp_path, [MIRCallback(probe)], TwoModels())
+        fit(tmp_path, [MIRCallback(probe)], TwoModels())
     callback = MIRCallback(probe, model="teacher")
-    _, module = _fit(tmp_path, [callback], TwoModels())
+    _, module = fit(tmp_path, [callback], TwoModels())
     assert callback.history[0]["mir"] == pytest.approx(evaluate_mir(module.teacher, probe).mir, rel=1e-6)
     with pytest.raises(ValueError, match="model='student' names no submodule of TwoModels"):
-        _fit(tmp_path, [MIRCallback(probe, model="student")], TwoModels())
+        fit(tmp_path, [MIRCallback(probe, model="student")], TwoModels())
 
 
 def test_a_probe_without_vision_tokens_is_refused_before_the_first_step(tmp_path):
     batch = tiny_batch()
     batch["input_ids"][batch["input_ids"] == IMAGE_TOKEN] = 5
     with pytest.raises(ValueError, match="the probe has 0 vision tokens"):
-        _fit(tmp_path, [MIRCallback([batch])])
+        fit(tmp_path, [MIRCallback([batch])])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +216,11 @@ def test_a_probe_without_vision_tokens_is_refused_before_the_first_step(tmp_path
         ({"variant": "fast"}, "variant must be one of paper, official, official-fast, got 'fast'"),
         ({"text": "caption"}, "text must be one of after_vision, all"),
         ({"on_error": "ignore"}, "on_error must be one of warn, raise"),
+        ({"max_overhead": 0}, "max_overhead must lie above 0 and up to 1, got 0"),
+        ({"at_steps": [0, 5]}, "at_steps must be 1 or more .*got 0"),
+        ({"growth": 1.0}, "growth must be above 1, got 1.0"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be at least 1, got 0"),
+        ({"every_n_tokens": -1}, "every_n_tokens must be at least 1, got -1"),
     ],
 )
 def test_bad_options(probe, options, message):

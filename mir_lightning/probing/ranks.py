@@ -1,0 +1,51 @@
+"""Share a probe over the ranks of a process group, and agree on how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+_FINE, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
+
+
+def share_of_rank(items: Sequence[T]) -> list[tuple[T, bool]]:
+    """This rank's items, each with whether it counts.
+
+    Every rank gets equally many, because a sharded model computes in step: where the items do not divide
+    evenly, or are fewer than the ranks, some get an item that another rank counts.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rounds = -(-len(items) // world)
+    indices = [rank + i * world for i in range(rounds)]
+    return [(items[i % len(items)], i < len(items)) for i in indices]
+
+
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """Raise on every rank if any rank has an ``error``; its own on that rank.
+
+    Raises:
+        torch.OutOfMemoryError: where running out of memory was the only trouble, so that all can try smaller.
+        RuntimeError: on a rank without trouble of its own.
+    """
+    outcome = _FINE if error is None else _FAILED
+    if isinstance(error, torch.OutOfMemoryError):
+        outcome = _OUT_OF_MEMORY
+    worst = torch.tensor(outcome, device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    if worst == _FINE:
+        return
+    if worst == _OUT_OF_MEMORY:
+        raise error or torch.OutOfMemoryError("another rank ran out of memory in the probe.")
+    raise error or RuntimeError("the probe failed on another rank, which reports why.")
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sums over all ranks."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
