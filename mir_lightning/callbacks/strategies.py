@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from mir_lightning.probing.run import Forward
 
@@ -27,29 +28,43 @@ def check_data_parallel(trainer: pl.Trainer) -> None:
 def forward_through_strategy(trainer: pl.Trainer, pl_module: pl.LightningModule, vlm: nn.Module) -> Forward | None:
     """What runs ``vlm`` through the root that a strategy shards, so that its parameters are gathered.
 
-    ``None`` where the model can be called itself. For the length of a call the LightningModule's ``forward``
-    is the model's, as Lightning does it for ``validation_step``.
+    ``None`` where the model can be called itself. For the length of a call the ``forward`` of the root (of the
+    LightningModule, where the strategy wraps that) is the model's, as Lightning does it for ``validation_step``.
     """
     if not isinstance(trainer.strategy, _SHARDED) or trainer.model is None:
         return None
-    root = trainer.model
+    if trainer.model is not pl_module:
+        return _redirection(trainer.model, pl_module, vlm)
+    root = next(module for module in _path_to(vlm, pl_module) if isinstance(module, FSDPModule) or module is vlm)
+    return None if root is vlm else _redirection(root, root, vlm)
+
+
+def _path_to(module: nn.Module, root: nn.Module) -> list[nn.Module]:
+    """The modules from ``root`` down to ``module``, both included."""
+    name = next(name for name, found in root.named_modules() if found is module)
+    parts = name.split(".") if name else []
+    return [root.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+
+
+def _redirection(entrance: nn.Module, patched: nn.Module, target: nn.Module) -> Forward:
+    """Call ``entrance`` so that, where it reaches the ``forward`` of ``patched``, ``target`` runs instead."""
 
     def forward(**inputs: Any) -> Any:
-        own = vars(pl_module).get("forward")
+        own = vars(patched).get("forward")
 
         def restore() -> None:
-            if own is not None:
-                pl_module.forward = own  # type: ignore[method-assign]
+            if own is None:
+                vars(patched).pop("forward", None)
             else:
-                vars(pl_module).pop("forward", None)
+                patched.forward = own
 
         def redirected(**given: Any) -> Any:
             restore()
-            return vlm(**given)
+            return target(**given)
 
-        pl_module.forward = redirected  # type: ignore[method-assign]
+        patched.forward = redirected
         try:
-            return root(**inputs)
+            return entrance(**inputs)
         finally:
             restore()
 

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-
 _CAPTURING = "_output_capturing_hooks_installed"  # how transformers marks a model after its first forward
 
 
@@ -18,9 +17,10 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no compilation inside; afterwards everything is as before.
 
     Restored, also after an error: the training flag of every module (each its own), the random states of
-    Python, NumPy, torch and its devices, and the hooks that transformers adds in a model's first forward (had
-    they been there, a model compiled later would be traced differently). ``no_grad`` and not ``inference_mode``, whose tensors a later
-    training step may not use. Compiled modules run eagerly, because they ignore hooks added after compilation.
+    Python, NumPy, torch and its devices, and the hooks that transformers adds in a model's first forward (with
+    them, a model that is compiled later would be traced differently). ``no_grad`` and not ``inference_mode``,
+    whose tensors a later training step may not use. Compiled modules run eagerly, because they ignore hooks
+    added after compilation.
     """
     training = {module: module.training for module in model.modules()}
     hooks = {module: list(module._forward_hooks) for module in training}

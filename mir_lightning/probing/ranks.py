@@ -30,7 +30,7 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
 
     Raises:
         torch.OutOfMemoryError: where running out of memory was the only trouble, so that all can try smaller.
-        RuntimeError: on a rank without trouble of its own.
+        RuntimeError: on a rank without trouble of its own, with the other's message.
     """
     outcome = _FINE if error is None else _FAILED
     if isinstance(error, torch.OutOfMemoryError):
@@ -41,7 +41,9 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
         return
     if worst == _OUT_OF_MEMORY:
         raise error or torch.OutOfMemoryError("another rank ran out of memory in the probe.")
-    raise error or RuntimeError("the probe failed on another rank, which reports why.")
+    causes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(causes, None if error is None else str(error))
+    raise error or RuntimeError(next(f"on rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause))
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:

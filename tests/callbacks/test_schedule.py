@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ def test_geometric_points_grow_by_the_factor():
     assert steps == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
     steps = [step for step in range(1, 5000) if Schedule(growth=1.2).due_at_step(step)]
     assert steps[:5] == [1, 2, 3, 4, 5]
-    assert all(b <= 1.2 * a + 1 for a, b in zip(steps, steps[1:], strict=False))
+    assert all(b <= 1.2 * a + 1 for a, b in pairwise(steps))
     assert len(steps) < 50
 
 
