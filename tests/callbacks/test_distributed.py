@@ -215,6 +215,16 @@ class _Out(pl.Callback):
         torch.save([(p["step"], p["mir"]) for p in self.callback.history], path)
 
 
+class BuiltInTheProcess(Pretraining):
+    """transformers keeps a registry that models unpickled in a fresh process miss: build them there."""
+
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+
+    def configure_model(self):
+        self.vlm = tiny_llava(dropout=0.1)
+
+
 def test_ddp_spawn(tmp_path):
     callback = MIRCallback(Probe(_batches(3)), every_n_steps=2, at_end=False)
     trainer = pl.Trainer(
@@ -231,7 +241,7 @@ def test_ddp_spawn(tmp_path):
         use_distributed_sampler=False,
     )
     pl.seed_everything(0, verbose=False)
-    trainer.fit(Pretraining())
+    trainer.fit(BuiltInTheProcess())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     assert [step for step, _ in first] == [0, 2]

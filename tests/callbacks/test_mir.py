@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from mir_lightning import MIRCallback, Probe, evaluate_mir
+from mir_lightning.functional import modality_integration_rate
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 from tests.training import Pretraining, fit
 from tests.wandb_offline import read_offline_run
@@ -133,6 +135,165 @@ def test_resume_continues_the_curve(tmp_path, probe):
     trainer.fit(Pretraining(seed=9), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert [point["step"] for point in resumed.history] == [point["step"] for point in whole.history]
     assert [p["mir"] for p in resumed.history[:3]] == [p["mir"] for p in whole.history[:3]]
+
+
+def _resume(folder, callback, checkpoint, max_steps=8):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[callback],
+        default_root_dir=folder,
+    )
+    trainer.fit(Pretraining(seed=9), ckpt_path=checkpoint, weights_only=True)
+    return [point["step"] for point in callback.history]
+
+
+def test_resume_neither_repeats_nor_loses_a_point(tmp_path, probe):
+    """Checkpoints of step 3, between two points, and of step 4, before its point was taken."""
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(tmp_path, [MIRCallback(probe, every_n_steps=2), saver], max_steps=4, enable_checkpointing=True)
+    assert _resume(tmp_path, MIRCallback(probe, every_n_steps=2), tmp_path / "step=3.ckpt") == [0, 2, 4, 6, 8]
+    assert _resume(tmp_path, MIRCallback(probe, every_n_steps=2), tmp_path / "step=4.ckpt") == [0, 2, 4, 6, 8]
+    checkpoint = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    (key,) = (key for key in checkpoint["callbacks"] if key.startswith("MIRCallback"))
+    state = checkpoint["callbacks"][key]
+    assert state["history"].pop()["step"] == 4
+    state["last_step"] = 2
+    torch.save(checkpoint, tmp_path / "early.ckpt")
+    assert _resume(tmp_path, MIRCallback(probe, every_n_steps=2), tmp_path / "early.ckpt") == [0, 2, 4, 6, 8]
+    state["version"] = 1
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match="the checkpoint's mir state has version 1, this one reads 2"):
+        _resume(tmp_path, MIRCallback(probe, every_n_steps=2), tmp_path / "old.ckpt")
+
+
+def test_resume_with_another_probe_is_reported(tmp_path, probe):
+    saver = ModelCheckpoint(tmp_path, "half", every_n_train_steps=2)
+    fit(tmp_path, [MIRCallback(probe, every_n_steps=2), saver], max_steps=2, enable_checkpointing=True)
+    other = Probe([tiny_batch(seed=7)])
+    with pytest.warns(UserWarning, match=r"fingerprint .* is not that of the checkpoint.*not comparable"):
+        _resume(tmp_path, MIRCallback(other, every_n_steps=2), tmp_path / "half.ckpt", 4)
+    with pytest.raises(ValueError, match=r"fingerprint .* is not that of the checkpoint"):
+        _resume(tmp_path, MIRCallback(other, strict_probe=True), tmp_path / "half.ckpt", 4)
+    assert _resume(tmp_path, MIRCallback(probe, 2, strict_probe=True), tmp_path / "half.ckpt", 4) == [0, 2, 4]
+
+
+class BrokenLogger(CSVLogger):
+    def log_metrics(self, metrics, step=None):
+        if "mir" in metrics:
+            raise OSError("no space left on device")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_raises_loses_nothing_elsewhere(tmp_path, probe):
+    _, plain = fit(tmp_path / "plain")
+    loggers = [BrokenLogger(tmp_path / "broken"), CSVLogger(tmp_path / "whole")]
+    callback = MIRCallback(probe, every_n_steps=3)
+    with pytest.warns(UserWarning, match="MIR of step 0 could not be logged everywhere: no space left") as caught:
+        _, module = fit(tmp_path, [callback], logger=loggers)
+    assert sum("could not be logged" in str(w.message) for w in caught) == 1
+    with (Path(loggers[1].log_dir) / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["mir"]] == ["0", "3", "6"]
+    assert len(callback.history) == 3
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
+    with pytest.raises(OSError, match="no space left"):
+        fit(tmp_path, [MIRCallback(probe, on_error="raise")], logger=loggers)
+
+
+class Collapse(pl.Callback):
+    """From step 2 on the vision tokens lie on a line, near the text, in every layer."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 2:
+            model = pl_module.vlm.model
+            with torch.no_grad():
+                model.multi_modal_projector.linear_2.weight.fill_(1e-3)
+                model.multi_modal_projector.linear_2.bias.copy_(model.get_input_embeddings().weight.mean(0))
+                for layer in model.language_model.layers:
+                    layer.self_attn.o_proj.weight.zero_()
+                    layer.mlp.down_proj.weight.zero_()
+
+
+def test_collapse_is_told_once(tmp_path, probe):
+    module = Pretraining()
+    with torch.no_grad():
+        module.vlm.model.multi_modal_projector.linear_2.bias.fill_(1.0)
+    callback = MIRCallback(probe, every_n_steps=2)
+    with pytest.warns(UserWarning, match=r"mir: MIR fell from .* this may be collapse, not alignment") as caught:
+        fit(tmp_path, [Collapse(), callback], module)
+    assert sum("collapse" in str(w.message) for w in caught) == 1
+    assert callback.history[1]["mir"] < callback.history[0]["mir"]
+    assert callback.history[1]["vision_rank"] < callback.history[0]["vision_rank"] / 2
+
+
+class WithItsOwnCallback(Pretraining):
+    def configure_callbacks(self):
+        return [MIRCallback([tiny_batch(seed=5)], every_n_steps=3)]
+
+
+def test_configure_callbacks(tmp_path):
+    trainer, _ = fit(tmp_path, module=WithItsOwnCallback())
+    assert [int(row["step"]) for row in _rows(trainer) if row["mir"]] == [0, 3, 6]
+
+
+class HandWritten(torch.nn.Module):
+    """A vision-language model of no library: patches are projected and put before the text."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project, self.embed = torch.nn.Linear(5, 8), torch.nn.Embedding(20, 8)
+        self.blocks = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0) for _ in range(3))
+        self.norm, self.head = torch.nn.LayerNorm(8), torch.nn.Linear(8, 20)
+
+    def hidden_states(self, patches, input_ids):
+        hidden = torch.cat([self.project(patches), self.embed(input_ids[:, patches.shape[1] :])], dim=1)
+        for block in self.blocks[:-1]:
+            hidden = block(hidden)
+            yield hidden
+        yield self.norm(self.blocks[-1](hidden))
+
+
+class HandWrittenTraining(Pretraining):
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        self.net = HandWritten()
+
+    def training_step(self, batch, batch_idx):
+        *_, last = self.net.hidden_states(**batch)
+        return torch.nn.functional.cross_entropy(
+            self.net.head(last[:, 4:-1]).transpose(1, 2), batch["input_ids"][:, 5:]
+        )
+
+    def train_dataloader(self):
+        return DataLoader([_hand_batch(s) for s in range(8)], batch_size=None)
+
+
+def _hand_batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "patches": torch.randn(3, 4, 5, generator=generator),
+        "input_ids": torch.randint(0, 20, (3, 10), generator=generator),
+    }
+
+
+def test_a_model_that_is_not_hugging_faces(tmp_path):
+    vision_mask = (torch.arange(10) < 4).expand(3, 10)
+    batches = [{**_hand_batch(100 + s), "vision_mask": vision_mask} for s in range(3)]
+    callback = MIRCallback(batches, 3, hidden_states=lambda net, batch: net.hidden_states(**batch), model="net")
+    _, module = fit(tmp_path, [callback], HandWrittenTraining())
+    assert [point["step"] for point in callback.history] == [0, 3, 6]
+    with torch.no_grad():
+        states = [list(module.net.hidden_states(b["patches"], b["input_ids"])) for b in batches]
+    vision, text = ([torch.cat([s[k][m] for s in states]) for k in range(3)] for m in (vision_mask, ~vision_mask))
+    expected = modality_integration_rate(vision, text).item()
+    assert callback.history[-1]["mir"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r'no Hugging Face config .* give each probe batch a "vision_mask"'):
+        fit(tmp_path, [MIRCallback([_hand_batch(1)], hidden_states=callback.hidden_states)], HandWrittenTraining())
 
 
 def test_a_failed_evaluation_warns_once_and_training_goes_on_unchanged(tmp_path, probe):

@@ -1,7 +1,9 @@
 from itertools import pairwise
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.tuner import Tuner
 
 from mir_lightning import MIRCallback, Probe
 from mir_lightning.callbacks.schedule import Schedule, tokens_of
@@ -77,9 +79,16 @@ def test_two_optimizers_pass_over_a_point_and_it_is_taken(tmp_path, probe):
     assert [point["step"] for point in callback.history] == [4, 6, 10, 12]
 
 
+class Validating(Pretraining):
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.vlm(**batch).loss)
+
+    val_dataloader = Pretraining.train_dataloader
+
+
 def test_trainer_modes(tmp_path, probe):
     callback = MIRCallback(probe, every_n_steps=2)
-    trainer, module = fit(tmp_path, [callback], fast_dev_run=True, max_steps=-1)
+    trainer, module = fit(tmp_path, [callback], Validating(), fast_dev_run=True, max_steps=-1)
     assert [point["step"] for point in callback.history] == [0, 1]
     trainer.validate(module, torch.utils.data.DataLoader([tiny_batch()], batch_size=None), verbose=False)
     assert len(callback.history) == 2
@@ -89,21 +98,10 @@ def test_trainer_modes(tmp_path, probe):
     assert _steps(tmp_path, limited, limit_train_batches=3, max_epochs=1, max_steps=-1) == [0, 2, 3]
 
 
-class Validating(Pretraining):
-    def validation_step(self, batch, batch_idx):
-        self.log("loss", self.vlm(**batch).loss)
-
-    val_dataloader = Pretraining.train_dataloader
-
-
 def test_sanity_checks_and_the_tuner_do_not_count(tmp_path, probe):
-    from lightning.pytorch.tuner import Tuner
-
     callback = MIRCallback(probe, every_n_steps=3)
     trainer, module = fit(tmp_path, [callback], Validating())
     assert [point["step"] for point in callback.history] == [0, 3, 6]
-    import lightning.pytorch as pl
-
     module.lr = 1e-3
     callback = MIRCallback(probe, every_n_steps=3)
     trainer = pl.Trainer(

@@ -195,3 +195,44 @@ def test_unknown_options():
         evaluate_mir(tiny_llava(), Probe([tiny_batch()]), variant="exact")
     with pytest.raises(ValueError, match="text must be one of after_vision, all, got 'caption'"):
         evaluate_mir(tiny_llava(), Probe([tiny_batch()]), text="caption")
+
+
+def _refuse_more_than(samples):
+    def check(module, arguments, options):
+        if len(options["input_ids"]) > samples:
+            raise torch.OutOfMemoryError(f"a batch of {len(options['input_ids'])}")
+
+    return check
+
+
+def test_batches_are_halved_until_they_fit(probe):
+    model = tiny_llava().train()
+    expected = evaluate_mir(model, probe)
+    handle = model.register_forward_pre_hook(_refuse_more_than(1), with_kwargs=True)
+    halved = evaluate_mir(model, probe)
+    handle.remove()
+    np.testing.assert_allclose(halved.layers, expected.layers, rtol=1e-5)
+    assert halved.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert (halved.text_tokens, halved.fingerprint) == (expected.text_tokens, expected.fingerprint)
+    model.register_forward_pre_hook(_refuse_more_than(0), with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 1"):
+        evaluate_mir(model, probe)
+
+
+def test_batches_that_cannot_be_split_are_not_halved():
+    model = tiny_llava()
+    model.register_forward_pre_hook(_refuse_more_than(1), with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError, match="a batch of 4"):
+        evaluate_mir(model, Probe([{**tiny_batch(), "extra": torch.zeros(3)}]))
+
+
+def test_a_sample_of_tokens_of_the_middle_or_a_chosen_layer(probe):
+    model = tiny_llava().eval()
+    vision, text = _reference_tokens(model, probe)
+    for chosen, layer in ((None, 2), (3, 3)):
+        result = evaluate_mir(model, probe, sample_layer=chosen)
+        assert result.sample_layer == layer
+        for sample, tokens in zip(result.sample, (vision, text), strict=True):
+            assert 50 < len(sample) <= len(tokens[layer - 1])
+            distances = torch.cdist(sample.double(), tokens[layer - 1].double()).min(dim=1).values
+            assert distances.max() < 1e-4
