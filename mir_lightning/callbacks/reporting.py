@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from mir_lightning.functional.mir import inlier_bounds, is_inlier, norms_of
 from mir_lightning.probing.evaluate import MIRResult
 
 if TYPE_CHECKING:
@@ -112,15 +113,17 @@ def heatmap_figure(steps: Sequence[int], layers: Sequence[Sequence[float]]) -> F
 
 
 def token_figure(result: MIRResult, step: int) -> Figure:
-    """Vision and text tokens of one layer on the first two principal components of both together."""
-    tokens = torch.cat(result.sample)
+    """Vision and text tokens of one layer on the first two principal components of both; without outliers."""
+    norms = [norms_of(part) for part in result.sample]
+    kept = [part[is_inlier(n, inlier_bounds(n))] for part, n in zip(result.sample, norms, strict=True)]
+    tokens = torch.cat(kept)
     centred = tokens - tokens.mean(dim=0)
     _, deviations, directions = torch.linalg.svd(centred, full_matrices=False)
     plane = (centred @ directions[:2].T).numpy()
     shares = (deviations.square() / deviations.square().sum().clamp(min=1e-300))[:2].tolist()
     figure = _figure()
     axes = figure.subplots()
-    vision = len(result.sample[0])
+    vision = len(kept[0])
     for part, colour, marker, label in (
         (plane[:vision], _MEAN_COLOUR, "o", "vision tokens"),
         (plane[vision:], _COV_COLOUR, "^", "text tokens"),
