@@ -63,7 +63,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _plain(result: MIRResult) -> dict[str, object]:
-    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(result).items()}
+    plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(result).items()}
+    del plain["sample"]
+    return plain
 
 
 if __name__ == "__main__":

@@ -26,15 +26,17 @@ def _records(data):
 
 
 def read_offline_run(logger):
-    """``(history rows, media folder)`` of a finished ``WandbLogger(offline=True)``."""
+    """``(history rows, media folder, config)`` of a finished ``WandbLogger(offline=True)``."""
     folder = Path(logger.experiment.dir).parent
     wandb.finish()
     (file,) = folder.glob("*.wandb")
-    rows = []
+    rows, config = [], {}
     for data in _records(file.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.HasField("history"):
             items = record.history.item
             rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return rows, folder / "files" / "media"
+        if record.HasField("config"):
+            config |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.config.update}
+    return rows, folder / "files" / "media", config

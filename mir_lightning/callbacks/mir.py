@@ -223,37 +223,39 @@ class MIRCallback(pl.Callback):
         if step == self._last_step:
             return
         self._last_step = step
-        network, probe = self._network, self.probe
-        assert network is not None
-        assert isinstance(probe, Probe)
         start = time.monotonic()
         try:
-            with trainer.precision_plugin.forward_context():
-                result = evaluate_mir(
-                    network,
-                    probe,
-                    self.variant,
-                    self.text,
-                    forward=forward_through_strategy(trainer, pl_module, network),
-                    hidden_states=self.hidden_states,
-                    sample_layer=self.picture_layer,
-                    distributed=trainer.world_size > 1,
-                )
+            self._report(trainer, self._measure(trainer, pl_module))
         except Exception as error:
             if self.on_error == "raise":
                 raise
             self._warn_once(f"MIR evaluation at step {step} failed, training goes on: {error}", str(error))
-            return
         finally:
             self._probe_seconds += time.monotonic() - start
-        self._report(trainer, result)
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> MIRResult:
+        network, probe = self._network, self.probe
+        assert network is not None
+        assert isinstance(probe, Probe)
+        with trainer.precision_plugin.forward_context():
+            return evaluate_mir(
+                network,
+                probe,
+                self.variant,
+                self.text,
+                forward=forward_through_strategy(trainer, pl_module, network),
+                hidden_states=self.hidden_states,
+                sample_layer=self.picture_layer,
+                distributed=trainer.world_size > 1,
+            )
 
     def _report(self, trainer: pl.Trainer, result: MIRResult) -> None:
         step = trainer.global_step
         trainer.callback_metrics[self.name] = torch.tensor(result.mir, device=trainer.strategy.root_device)
         self.history.append(reporting.point(result, step))
         values = reporting.scalars(result, self.name)
-        values[f"{self.name}_probe/overhead"] = self._probe_seconds / max(self._seconds_of_training(), 1e-9)
+        spent = self._probe_seconds + result.seconds
+        values[f"{self.name}_probe/overhead"] = min(1.0, spent / max(self._seconds_of_training(), spent))
         reports: list[Callable[[], None]] = [
             lambda: reporting.log_scalars(trainer, values),
             lambda: reporting.log_pictures(trainer, self.name, result, self.history),

@@ -75,7 +75,13 @@ def test_every_logger_gets_what_it_can_show(tmp_path, probe):
     assert [scalar.step for scalar in events.Scalars("mir")] == [0, 3, 6]
     assert len(events.Images("mir_media/heatmap")) == 3
 
-    history, media = read_offline_run(loggers[2])
+    history, media, config = read_offline_run(loggers[2])
+    assert config["mir"] == {
+        "variant": "paper",
+        "text": "after_vision",
+        "probe_fingerprint": probe.fingerprint,
+        "probe_batches": 2,
+    }
     rows = [row for row in history if "mir" in row]
     assert [row["trainer/global_step"] for row in rows] == [0, 3, 6]
     assert all("mir_layers/layer_03" in row for row in rows)
