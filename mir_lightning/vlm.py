@@ -5,6 +5,8 @@ One rule serves all architectures; nothing here knows a model by name.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -18,7 +20,9 @@ from mir_lightning.functional.checks import check_choice
 TextPositions = Literal["after_vision", "all"]
 
 _VISION_TOKEN_KEYS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+_STRUCTURAL_TOKEN_KEY = re.compile(r"(image|img|video|vision|audio|boi|eoi|boa|eoa)\w*_token_(id|index)")
 _CROSS_ATTENTION_NAMES = ("cross_attn", "crossattention", "cross_attention", "encoder_attn")
+_PIXEL_ARGUMENT = re.compile("pixel|image|patch|video|vision")
 
 
 class Decoder(NamedTuple):
@@ -77,35 +81,61 @@ def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
         yield from _outermost_models(child, f"{name}.{child_name}" if name else child_name)
 
 
-def find_decoder(model: PreTrainedModel) -> Decoder:
+def find_decoder(model: PreTrainedModel, layers: str | None = None) -> Decoder:
     """Decoder layers and final norm of a Hugging Face model.
 
     ``get_decoder()`` until it settles, then the shallowest ``ModuleList`` as long as the text config says.
+
+    Args:
+        model: the model.
+        layers: dotted path of the ``ModuleList`` of decoder layers inside ``model``; always wins.
 
     Raises:
         ValueError: for an encoder-decoder, for a decoder that sees images through cross-attention (its
             vision tokens never enter the sequence), or where no such list is found.
     """
+    _check_architecture(model)
+    owner, found = _list_at(model, layers) if layers is not None else _layer_list(model)
+    norms = tuple(child for child in owner.children() if "norm" in type(child).__name__.lower())
+    return Decoder(found, norms)
+
+
+def _check_architecture(model: PreTrainedModel) -> None:
+    """A ``ValueError`` where vision tokens never enter the decoder's sequence."""
+    undefined = "its vision tokens never enter the decoder's sequence, so MIR is not defined for it."
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder: its vision tokens never enter the decoder's "
-            "sequence, so MIR is not defined for it."
-        )
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: {undefined}")
     decoder = _innermost_decoder(model)
-    depth = decoder.config.get_text_config(decoder=True).num_hidden_layers
+    if any(cross in name for name, _ in decoder.named_modules() for cross in _CROSS_ATTENTION_NAMES):
+        raise ValueError(f"{type(model).__name__} sees images through cross-attention: {undefined}")
+
+
+def _list_at(model: PreTrainedModel, path: str) -> tuple[nn.Module, nn.ModuleList]:
+    """The ``ModuleList`` at a dotted path, and the module that owns it."""
+    owner, _, name = path.rpartition(".")
+    try:
+        found = model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"layers={path!r} names no submodule of {type(model).__name__}: {error}.") from error
+    if not name or not isinstance(found, nn.ModuleList) or not len(found):
+        raise ValueError(
+            f"layers={path!r} must name the ModuleList of decoder layers, it is {type(found).__name__}."
+        )
+    return model.get_submodule(owner), found
+
+
+def _layer_list(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder's list of layers by the uniform rule, and the module that owns it."""
+    decoder = _innermost_decoder(model)
+    depth = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
     owner, layers = _shallowest_list(decoder, depth)
     if layers is None or owner is None:
         raise ValueError(
             f"no decoder layers found in {type(model).__name__}: looked for a ModuleList of {depth} "
-            f"(num_hidden_layers) inside {type(decoder).__name__}."
+            f"(num_hidden_layers) inside {type(decoder).__name__}. Say where they are with "
+            'layers="path.to.the.ModuleList".'
         )
-    if any(cross in name for name, _ in layers.named_modules() for cross in _CROSS_ATTENTION_NAMES):
-        raise ValueError(
-            f"{type(model).__name__} sees images through cross-attention: its vision tokens never enter the "
-            "decoder's sequence, so MIR is not defined for it."
-        )
-    norms = tuple(child for child in owner.children() if "norm" in type(child).__name__.lower())
-    return Decoder(layers, norms)
+    return owner, layers
 
 
 def _innermost_decoder(model: PreTrainedModel) -> PreTrainedModel:
@@ -118,7 +148,7 @@ def _innermost_decoder(model: PreTrainedModel) -> PreTrainedModel:
     return seen[-1]
 
 
-def _shallowest_list(root: nn.Module, length: int) -> tuple[nn.Module | None, nn.ModuleList | None]:
+def _shallowest_list(root: nn.Module, length: int | None) -> tuple[nn.Module | None, nn.ModuleList | None]:
     """The first ``ModuleList`` of ``length``, breadth-first, and the module that owns it."""
     queue = deque([root])
     while queue:
@@ -136,28 +166,57 @@ def vision_token_ids(config: PreTrainedConfig) -> set[int]:
     Raises:
         ValueError: if no config names one.
     """
-    queue = deque([config])
-    while queue:
-        current = queue.popleft()
+    for current in _configs(config):
         ids = {getattr(current, key, None) for key in _VISION_TOKEN_KEYS} - {None}
         if ids:
             return {int(i) for i in ids if i is not None}
-        queue.extend(value for value in vars(current).values() if isinstance(value, PreTrainedConfig))
     raise ValueError(
         f"no image token found: looked for {', '.join(_VISION_TOKEN_KEYS)} in {type(config).__name__} and "
-        'its sub-configs. Give each probe batch a "vision_mask" (bool [B, S]).'
+        'its sub-configs. Give image_token_id, or each probe batch a "vision_mask" (bool [B, S]).'
     )
 
 
-def token_masks(config: PreTrainedConfig | None, batch: Mapping[str, Any], text: TextPositions) -> TokenMasks:
-    """Vision and text positions of a batch.
+def structural_token_ids(config: PreTrainedConfig) -> set[int]:
+    """Ids of placeholders and marks around images, videos and sounds: none of them is text."""
+    named = (item for current in _configs(config) for item in vars(current).items())
+    return {value for key, value in named if _STRUCTURAL_TOKEN_KEY.fullmatch(key) and isinstance(value, int)}
+
+
+def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and its sub-configs, breadth-first."""
+    queue = deque([config])
+    while queue:
+        current = queue.popleft()
+        yield current
+        queue.extend(value for value in vars(current).values() if isinstance(value, PreTrainedConfig))
+
+
+def check_takes_pixels(model: PreTrainedModel) -> None:
+    """A ``ValueError`` for a model whose forward has no argument for images."""
+    arguments = inspect.signature(model.forward).parameters
+    if not any(_PIXEL_ARGUMENT.search(name) for name in arguments):
+        raise ValueError(
+            f"{type(model).__name__} takes no pixels: its forward has no argument for images. MIR needs the whole "
+            "vision-language model; where vision tokens are put in by other code, pass hidden_states."
+        )
+
+
+def token_masks(
+    config: PreTrainedConfig | None,
+    batch: Mapping[str, Any],
+    text: TextPositions,
+    image_token_id: int | None = None,
+) -> TokenMasks:
+    """Vision and text positions of a batch. Marks around images, and sounds, are neither.
 
     Args:
-        config: the model's config; needed where the batch has no ``vision_mask``.
+        config: the model's config; needed where neither the batch has a ``vision_mask`` nor ``image_token_id``
+            is given.
         batch: what the model's forward takes: ``input_ids`` ``[B, S]``, perhaps ``attention_mask``; a
             ``vision_mask`` or ``text_mask`` in it wins over what would be found.
         text: ``"after_vision"``: valid positions after the sample's first vision position, vision excluded
             (every valid position of a sample without an image); ``"all"``: every valid position but vision.
+        image_token_id: placeholder of vision tokens, where the config does not tell it or tells another.
 
     Raises:
         ValueError: for an unknown ``text``, missing ``input_ids``, a mask of another shape or type, or a
@@ -172,7 +231,7 @@ def token_masks(config: PreTrainedConfig | None, batch: Mapping[str, Any], text:
     _check_mask("attention_mask", valid, input_ids)
     vision = batch.get("vision_mask")
     if vision is None:
-        vision = _default_vision_mask(config, batch)
+        vision = _default_vision_mask(config, batch, image_token_id)
     _check_mask("vision_mask", vision, input_ids)
     vision = vision & valid
     chosen = batch.get("text_mask")
@@ -180,11 +239,17 @@ def token_masks(config: PreTrainedConfig | None, batch: Mapping[str, Any], text:
         after = vision.cumsum(dim=1) > 0
         without_image = ~vision.any(dim=1, keepdim=True)
         chosen = after | without_image if text == "after_vision" else torch.ones_like(valid)
+        if config is not None:
+            chosen = chosen & ~_is_one_of(input_ids, structural_token_ids(config))
     _check_mask("text_mask", chosen, input_ids)
     return TokenMasks(vision, chosen & valid & ~vision)
 
 
-def _default_vision_mask(config: PreTrainedConfig | None, batch: Mapping[str, Any]) -> Tensor:
+def _default_vision_mask(
+    config: PreTrainedConfig | None, batch: Mapping[str, Any], image_token_id: int | None
+) -> Tensor:
+    if image_token_id is not None:
+        return batch["input_ids"] == image_token_id
     if "image_embeds_position_mask" in batch:  # kosmos-2, kosmos-2.5
         return batch["image_embeds_position_mask"].bool()
     if config is None:
@@ -192,8 +257,11 @@ def _default_vision_mask(config: PreTrainedConfig | None, batch: Mapping[str, An
             "the model has no Hugging Face config to find vision tokens with: give each probe batch a "
             '"vision_mask" (bool [B, S]).'
         )
-    input_ids = batch["input_ids"]
-    return torch.isin(input_ids, torch.tensor(sorted(vision_token_ids(config)), device=input_ids.device))
+    return _is_one_of(batch["input_ids"], vision_token_ids(config))
+
+
+def _is_one_of(input_ids: Tensor, ids: set[int]) -> Tensor:
+    return torch.isin(input_ids, torch.tensor(sorted(ids), dtype=input_ids.dtype, device=input_ids.device))
 
 
 def _check_mask(name: str, mask: Tensor, input_ids: Tensor) -> None:

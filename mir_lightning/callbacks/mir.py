@@ -10,16 +10,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from transformers import PreTrainedModel
 
 from mir_lightning.callbacks import reporting
 from mir_lightning.callbacks.schedule import Schedule, tokens_of
 from mir_lightning.callbacks.strategies import check_data_parallel, forward_through_strategy
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.mir import Variant
-from mir_lightning.probing.evaluate import MIRResult, check_probe, evaluate_mir
+from mir_lightning.probing.batches import check_probe
+from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
 from mir_lightning.probing.probe import Probe, ProbeLike
 from mir_lightning.probing.run import HiddenStates
-from mir_lightning.vlm import TextPositions, find_decoder, find_vlm
+from mir_lightning.vlm import TextPositions, find_vlm
 
 OnError = Literal["warn", "raise"]
 
@@ -65,6 +67,10 @@ class MIRCallback(pl.Callback):
         hidden_states: for models that are not Hugging Face's, see :func:`~mir_lightning.evaluate_mir`; called
             with the LightningModule (or what is at ``model``) and a batch.
         picture_layer: decoder layer, counted from 1, whose tokens are drawn; the middle one when None.
+        layers: dotted path of the decoder layers inside the Hugging Face model; found by a rule when None.
+        image_token_id: placeholder of vision tokens in ``input_ids``; that of the model's config when None.
+        check: see that the vision mask is right, at the first evaluation in which pixels reach the decoder; see
+            :func:`~mir_lightning.evaluate_mir`.
 
     Raises:
         ValueError: for an unknown option or an interval below 1; when the fit starts, for a probe or a module
@@ -90,6 +96,9 @@ class MIRCallback(pl.Callback):
         strict_probe: bool = False,
         hidden_states: HiddenStates | None = None,
         picture_layer: int | None = None,
+        layers: str | None = None,
+        image_token_id: int | None = None,
+        check: bool = True,
     ) -> None:
         check_choice("variant", variant, Variant)
         check_choice("text", text, TextPositions)
@@ -109,6 +118,9 @@ class MIRCallback(pl.Callback):
         self.strict_probe = strict_probe
         self.hidden_states = hidden_states
         self.picture_layer = picture_layer
+        self.layers = layers
+        self.image_token_id = image_token_id
+        self.check = check
         self.history: list[dict[str, Any]] = []
         self._last_step: int | None = None
         self._stepped = 0
@@ -119,6 +131,7 @@ class MIRCallback(pl.Callback):
         self._clock = 0.0
         self._restored_fingerprint: str | None = None
         self._network: nn.Module | None = None
+        self._checked = False
         self._warned: set[str] = set()
 
     @property
@@ -130,13 +143,14 @@ class MIRCallback(pl.Callback):
         """Find the model and check the probe, so that mistakes show before the first step."""
         check_data_parallel(trainer)
         if self.hidden_states is None:
-            vlm = find_vlm(pl_module, self.model)
-            find_decoder(vlm)
-            config, self._network = vlm.config, vlm
+            vlm: PreTrainedModel | None = find_vlm(pl_module, self.model)
+            self._network = vlm
         else:
-            config, self._network = None, pl_module.get_submodule(self.model or "")
+            vlm, self._network = None, pl_module.get_submodule(self.model or "")
         self.probe = Probe.of(self.probe)
-        check_probe(config, self.probe, self.text)
+        if trainer.strategy.root_device.type == "cuda":
+            self.probe.pin_memory()
+        check_probe(vlm, self.probe, self.text, self.layers, self.image_token_id)
         self._check_fingerprint(trainer, self.probe.fingerprint)
         reporting.describe_run(trainer, self.name, self._settings(self.probe))
 
@@ -234,11 +248,12 @@ class MIRCallback(pl.Callback):
             self._probe_seconds += time.monotonic() - start
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> MIRResult:
+        """Run the probe, with the self-check until it has found the mask right."""
         network, probe = self._network, self.probe
         assert network is not None
         assert isinstance(probe, Probe)
         with trainer.precision_plugin.forward_context():
-            return evaluate_mir(
+            result = evaluate_mir(
                 network,
                 probe,
                 self.variant,
@@ -247,7 +262,12 @@ class MIRCallback(pl.Callback):
                 hidden_states=self.hidden_states,
                 sample_layer=self.picture_layer,
                 distributed=trainer.world_size > 1,
+                layers=self.layers,
+                image_token_id=self.image_token_id,
+                check=self.check and self.hidden_states is None and not self._checked,
             )
+        self._checked |= result.checked
+        return result
 
     def _report(self, trainer: pl.Trainer, result: MIRResult) -> None:
         step = trainer.global_step

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.mir import Variant
+from mir_lightning.probing.batches import MaskedBatches, check_probe
 from mir_lightning.probing.isolation import leave_no_trace
 from mir_lightning.probing.probe import Probe
-from mir_lightning.probing.run import Forward, HiddenStates, MaskedBatch, ProbeRun
-from mir_lightning.vlm import TextPositions, TokenMasks, find_vlm, token_masks
+from mir_lightning.probing.run import Forward, HiddenStates, ProbeRun
+from mir_lightning.vlm import TextPositions, find_vlm
+
+_NOTHING_MOVED = (
+    "the vision mask could not be checked: no input of the first decoder layer moves with the pixels. Either the "
+    "projector is silent (its output layer still zeros), or the model does not see the images."
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class MIRResult:
         fingerprint: of the probe.
         sample: some hundred vision and text tokens of one layer, float32 ``[n, d]`` each, to look at.
         sample_layer: that layer, counted from 1.
+        checked: whether the vision mask was found right by the self-check.
     """
 
     mir: float
@@ -62,6 +70,7 @@ class MIRResult:
     fingerprint: str
     sample: tuple[Tensor, Tensor]
     sample_layer: int
+    checked: bool
 
 
 def evaluate_mir(
@@ -74,6 +83,10 @@ def evaluate_mir(
     hidden_states: HiddenStates | None = None,
     sample_layer: int | None = None,
     distributed: bool = False,
+    layers: str | None = None,
+    image_token_id: int | None = None,
+    check: bool = False,
+    progress: bool = False,
 ) -> MIRResult:
     """Modality Integration Rate of a model on a probe.
 
@@ -98,30 +111,43 @@ def evaluate_mir(
         sample_layer: layer, counted from 1, whose tokens are sampled; the middle one when None.
         distributed: whether the ranks of the default process group each run their share of the batches. The
             result is that of all of them, on every rank, and so is an error.
+        layers: dotted path of the ``ModuleList`` of decoder layers inside the Hugging Face model; found by a rule
+            that serves most models when None.
+        image_token_id: placeholder of vision tokens in ``input_ids``; that of the model's config when None.
+        check: first run one batch twice, with other pixels the second time, and see that what moves at the
+            decoder's first layer lies inside the vision mask. Warns where nothing moves.
+        progress: show a bar of the batches.
 
     Returns:
         A :class:`MIRResult`.
 
     Raises:
         ValueError: if the model's parts cannot be found, the probe has no vision or no text token, a mask
-            does not fit, hidden states are not finite (naming the layer), or an option is unknown.
+            does not fit or fails the check, hidden states are not finite (naming the layer), or an option is
+            unknown.
         torch.OutOfMemoryError: if single samples do not fit, or batches cannot be split.
     """
     start = time.perf_counter()
     check_choice("variant", variant, Variant)
-    config = None
     if hidden_states is None:
-        model = vlm = find_vlm(model)
-        config = vlm.config
-    masks = check_probe(config, probe, text)
-    batches: list[MaskedBatch] = list(zip(probe, masks, strict=True))
+        model = find_vlm(model)
+    elif check:
+        raise ValueError("check works with Hugging Face models only: pass check=False along with hidden_states.")
+
+    def new_run() -> ProbeRun:
+        return ProbeRun(model, variant, forward, hidden_states, sample_layer, distributed, layers, progress)
+
+    vlm = model if isinstance(model, PreTrainedModel) and hidden_states is None else None
+    masks = check_probe(vlm, probe, text, layers, image_token_id)
+    batches = MaskedBatches(probe, masks)
     with leave_no_trace(model):
-        run, mir = _run_in_memory(
-            batches, lambda: ProbeRun(model, variant, forward, hidden_states, sample_layer, distributed)
-        )
-        layers, loss = run.metric.compute_breakdown(), run.loss()
+        checked = check and new_run().check_masks(batches)
+        run, mir = _run_in_memory(batches, new_run)
+        breakdown, loss = run.metric.compute_breakdown(), run.loss()
+    if check and not checked:
+        warnings.warn(_NOTHING_MOVED, stacklevel=2)
     stacked = {
-        name: torch.stack([getattr(layer, name).cpu() for layer in layers])
+        name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])
         for name in ("mean_gap", "cov_gap", "scale", "effective_rank", "total_variance", "outliers")
     }
     return MIRResult(
@@ -138,50 +164,21 @@ def evaluate_mir(
         fingerprint=probe.fingerprint,
         sample=run.sample,
         sample_layer=run.sample_layer,
+        checked=checked,
     )
 
 
-def _run_in_memory(batches: list[MaskedBatch], new_run: Callable[[], ProbeRun]) -> tuple[ProbeRun, float]:
+def _run_in_memory(batches: MaskedBatches, new_run: Callable[[], ProbeRun]) -> tuple[ProbeRun, float]:
     """Run the probe, with its batches halved until they fit."""
     while True:
         run = new_run()
         try:
             return run, run.mir(batches)
         except torch.OutOfMemoryError as error:
-            halves = [half for batch in batches for half in _halves(batch)]
-            if len(halves) == len(batches):
+            halved = batches.halved()
+            if halved is None:
                 raise
-            batches = halves
+            batches = halved
             error.__traceback__ = None  # it holds the tensors that did not fit
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _halves(batch: MaskedBatch) -> list[MaskedBatch]:
-    """A batch in two, where every tensor in it has one row a sample; else as it is."""
-    inputs, masks = batch
-    samples = len(masks.vision)
-    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
-    if samples < 2 or any(value.ndim == 0 or len(value) != samples for value in tensors.values()):
-        return [batch]
-    parts = (slice(0, samples // 2), slice(samples // 2, samples))
-    return [
-        (
-            {key: value[part] if key in tensors else value for key, value in inputs.items()},
-            TokenMasks(masks.vision[part], masks.text[part]),
-        )
-        for part in parts
-    ]
-
-
-def check_probe(config: PreTrainedConfig | None, probe: Probe, text: TextPositions) -> list[TokenMasks]:
-    """Vision and text positions of each batch; a ``ValueError`` if a modality has fewer than two in all."""
-    masks = [token_masks(config, batch, text) for batch in probe]
-    for modality, hint in (
-        ("vision", "is the image token id right, and do the texts hold image placeholders?"),
-        ("text", 'does text follow the image? text="all" counts what precedes it too.'),
-    ):
-        count = int(sum(getattr(m, modality).sum() for m in masks))
-        if count < 2:
-            raise ValueError(f"the probe has {count} {modality} tokens and needs at least 2: {hint}")
-    return masks

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Union
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 Batch = Mapping[str, Any]
 ProbeLike = Union["Probe", Iterable[Batch], Callable[[], Union["Probe", Iterable[Batch]]]]
+
+_FILE_FORMAT = "mir-lightning probe 1"
 
 
 class Probe:
@@ -40,15 +45,8 @@ class Probe:
                 f"batches must be an iterable of dicts of tensors, got {type(batches).__name__}"
                 f"{' (put a single batch into a list)' if isinstance(batches, Mapping) else ''}."
             )
-        self._batches: list[dict[str, Any]] = []
-        for index, batch in enumerate(batches):
-            if not isinstance(batch, Mapping):
-                raise TypeError(f"batch {index} of the probe must be a dict, got {type(batch).__name__}.")
-            if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
-                raise ValueError(
-                    f'batch {index} of the probe needs "input_ids", a tensor [B, S]; its keys are {sorted(batch)}.'
-                )
-            self._batches.append({key: _to_cpu(value) for key, value in batch.items()})
+        self._digests: dict[int, bytes] = {}
+        self._batches = [checked_batch(index, batch) for index, batch in enumerate(batches)]
         if not self._batches:
             raise ValueError("batches is empty: a probe needs at least one batch.")
 
@@ -62,23 +60,87 @@ class Probe:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self._batches[index])
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (dict(batch) for batch in self._batches)
+        return (self[index] for index in range(len(self)))
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of the batches' contents: numbers of equal fingerprints are comparable."""
-        digest = hashlib.sha256()
-        for batch in self._batches:
-            for key in sorted(batch):
-                value = batch[key]
-                if isinstance(value, Tensor):
-                    digest.update(f"{key}:{value.dtype}:{list(value.shape)}:".encode())
-                    digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-                else:
-                    digest.update(f"{key}:{value!r}:".encode())
-        return digest.hexdigest()
+        whole = hashlib.sha256()
+        for index in range(len(self)):
+            whole.update(self._digests.get(index) or batch_digest(self[index]))
+        return whole.hexdigest()
+
+    def pin_memory(self) -> None:
+        """Page-lock the batches, so that they move to a GPU while it computes."""
+        self._batches = [
+            {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
+            for batch in self._batches
+        ]
+
+    def save(self, path: str | Path, **notes: str) -> None:
+        """Write the batches as a safetensors file, with the fingerprint and ``notes`` in its header.
+
+        Raises:
+            ValueError: if a batch holds anything but tensors.
+        """
+        tensors: dict[str, Tensor] = {}
+        for index, batch in enumerate(self):
+            if others := [key for key, value in batch.items() if not isinstance(value, Tensor)]:
+                raise ValueError(
+                    f"batch {index} holds {', '.join(others)}, not a tensor: only tensors can be saved."
+                )
+            tensors |= {f"{index}.{key}": value.contiguous() for key, value in batch.items()}
+        header = {**notes, "format": _FILE_FORMAT, "batches": str(len(self)), "fingerprint": self.fingerprint}
+        save_file(tensors, path, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple[Probe, dict[str, str]]:
+        """A probe that :meth:`save` wrote, and its notes.
+
+        Raises:
+            ValueError: if the file is of another kind, or its contents are not those of its fingerprint.
+        """
+        batches: dict[int, dict[str, Tensor]] = {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                notes = file.metadata() or {}
+                if notes.get("format") == _FILE_FORMAT:
+                    for name in file.keys():  # noqa: SIM118  (no mapping)
+                        index, key = name.split(".", 1)
+                        batches.setdefault(int(index), {})[key] = file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no probe: not a whole safetensors file ({error}).") from error
+        if not batches:
+            raise ValueError(f"{path} is no probe: its header does not say {_FILE_FORMAT!r}.")
+        probe = cls([batches[index] for index in sorted(batches)])
+        if probe.fingerprint != notes.get("fingerprint"):
+            raise ValueError(f"{path}: its contents do not have the fingerprint in its header; it was changed.")
+        return probe, notes
 
 
-def _to_cpu(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, Tensor) else value
+def checked_batch(index: int, batch: Any) -> dict[str, Any]:
+    """A batch with its tensors on the CPU; an error where it cannot be one."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch {index} of the probe must be a dict, got {type(batch).__name__}.")
+    if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
+        raise ValueError(
+            f'batch {index} of the probe needs "input_ids", a tensor [B, S]; its keys are {sorted(batch)}.'
+        )
+    return {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def batch_digest(batch: Batch) -> bytes:
+    """Of names, types, shapes and contents."""
+    digest = hashlib.sha256()
+    for key in sorted(batch):
+        value = batch[key]
+        if isinstance(value, Tensor):
+            digest.update(f"{key}:{value.dtype}:{list(value.shape)}:".encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{key}:{value!r}:".encode())
+    return digest.digest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,7 @@ T = TypeVar("T")
 _FINE, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
 
 
-def share_of_rank(items: Sequence[T]) -> list[tuple[T, bool]]:
+def share_of_rank(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
     """This rank's items, each with whether it counts.
 
     Every rank gets equally many, because a sharded model computes in step: where the items do not divide
@@ -22,7 +22,7 @@ def share_of_rank(items: Sequence[T]) -> list[tuple[T, bool]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     rounds = -(-len(items) // world)
     indices = [rank + i * world for i in range(rounds)]
-    return [(items[i % len(items)], i < len(items)) for i in indices]
+    return ((items[i % len(items)], i < len(items)) for i in indices)
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:

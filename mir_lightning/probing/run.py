@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mir_lightning.functional.mir import Variant
 from mir_lightning.metrics.mir import AccumulatedOutlierError, ModalityIntegrationRate
+from mir_lightning.probing.batches import MaskedBatch
 from mir_lightning.probing.probe import Batch
 from mir_lightning.probing.ranks import raise_together, share_of_rank, sum_over_ranks
-from mir_lightning.vlm import TokenMasks, find_decoder
+from mir_lightning.probing.selfcheck import check_vision_mask
+from mir_lightning.vlm import Decoder, TokenMasks, find_decoder
 
 Forward = Callable[..., Any]
 HiddenStates = Callable[[nn.Module, dict[str, Any]], Iterable[Tensor]]
-MaskedBatch = tuple[Batch, TokenMasks]
 
 _SAMPLE_SIZE = 400
 _MASK_KEYS = ("vision_mask", "text_mask")
@@ -35,6 +37,8 @@ class ProbeRun:
         hidden_states: gives the hidden states of a batch instead of hooks.
         sample_layer: layer, counted from 1, to keep a sample of the tokens of; the middle one when None.
         distributed: whether each rank takes its share of the batches.
+        layers: dotted path of the decoder layers; found by rule when None.
+        progress: whether to show a bar of the batches.
     """
 
     def __init__(
@@ -45,12 +49,16 @@ class ProbeRun:
         hidden_states: HiddenStates | None,
         sample_layer: int | None,
         distributed: bool,
+        layers: str | None = None,
+        progress: bool = False,
     ) -> None:
         self.model = model
         self.variant = variant
         self.forward = forward or model
         self.hidden_states = hidden_states
         self.distributed = distributed
+        self.progress = progress
+        self._decoder = find_decoder(model, layers) if isinstance(model, PreTrainedModel) else None
         parameter = next(model.parameters())
         self.device = parameter.device
         self.dtype = parameter.dtype
@@ -102,7 +110,8 @@ class ProbeRun:
         self._loss_sum, self._loss_tokens, self._error = 0.0, 0, None
         self._samples = ([], [])
         self._sample_share = -(-_SAMPLE_SIZE // len(batches))
-        for (batch, masks), counts in share_of_rank(batches) if self.distributed else ((b, True) for b in batches):
+        share = share_of_rank(batches) if self.distributed else ((batch, True) for batch in batches)
+        for (batch, masks), counts in tqdm(share, total=len(batches), desc="probe", disable=not self.progress):
             try:
                 self._run(batch, masks, counts)
             except Exception as error:
@@ -111,6 +120,31 @@ class ProbeRun:
                 raise self._error
         if self.distributed:
             raise_together(self._error, self.device)
+
+    def check_masks(self, batches: Sequence[MaskedBatch]) -> bool:
+        """Self-check of this rank's first batch; whether some position moved on any rank."""
+        assert self._decoder is not None
+        moved, error = False, None
+        batch, masks = next(share_of_rank(batches))[0] if self.distributed else batches[0]
+        inputs = _to_model(batch, self.device, self.dtype)
+        try:
+            moved = check_vision_mask(self._decoder.layers[0], self._forward_lean, inputs, masks)
+        except Exception as caught:
+            error = caught
+        if self.distributed:
+            raise_together(error, self.device)
+            return sum_over_ranks([moved], self.device)[0] > 0
+        if error is not None:
+            raise error
+        return moved
+
+    def _forward_lean(self, inputs: dict[str, Any]) -> Any:
+        """No cache, and no logits beyond the last position unless a loss needs them."""
+        accepted = inspect.signature(self.model.forward).parameters
+        options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+        if "logits_to_keep" in accepted and "labels" not in inputs:
+            options["logits_to_keep"] = 1
+        return self.forward(**inputs, **options)
 
     def _run(self, batch: Batch, masks: TokenMasks, counts: bool) -> None:
         inputs = _to_model(batch, self.device, self.dtype)
@@ -129,9 +163,9 @@ class ProbeRun:
             for layer, hidden in enumerate(states):
                 reduce(_sequence_states(hidden, masks.vision, layer), layer, len(states))
             return
-        assert isinstance(self.model, PreTrainedModel)
-        with _layer_hooks(self.model, masks.vision, reduce):
-            output = self.forward(**inputs, **_lean_options(self.model, inputs))
+        assert self._decoder is not None
+        with _layer_hooks(self._decoder, masks.vision, reduce):
+            output = self._forward_lean(inputs)
         if counts:
             self._add_loss(output, inputs)
 
@@ -147,7 +181,8 @@ class ProbeRun:
             self._metric = ModalityIntegrationRate(
                 layers, flat.shape[1], self.variant, sync_on_compute=self.distributed
             ).to(hidden.device)
-        vision, text = (flat.index_select(0, where) for where in positions)
+        # The layers of a model spread over devices do not all lie where the metric does.
+        vision, text = (flat.index_select(0, where.to(flat.device)).to(self._metric.device) for where in positions)
         self._metric.update(vision, text, layer=layer)
         if layer + 1 == self.sample_layer:
             for parts, tokens in zip(self._samples, (vision, text), strict=True):
@@ -156,10 +191,9 @@ class ProbeRun:
 
 @contextmanager
 def _layer_hooks(
-    model: PreTrainedModel, vision_mask: Tensor, reduce: Callable[[Tensor, int, int], None]
+    decoder: Decoder, vision_mask: Tensor, reduce: Callable[[Tensor, int, int], None]
 ) -> Iterator[None]:
     """Meanwhile ``reduce(hidden, layer, layers)`` gets each decoder layer's output, the last one's normed."""
-    decoder = find_decoder(model)
     last = len(decoder.layers) - 1
     final: list[Tensor] = []
 
@@ -183,21 +217,26 @@ def _layer_hooks(
             stack.callback(handle.remove)
         yield
         if not final:
-            raise ValueError(f"the decoder layers of {type(model).__name__} did not run in its forward pass.")
+            raise ValueError("the decoder's last layer did not run in the model's forward pass.")
         reduce(final[0], last, last + 1)
 
 
 def _sequence_states(output: Any, vision_mask: Tensor, layer: int) -> Tensor:
     """The ``[B, S, H]`` hidden states in a decoder layer's output."""
     hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != vision_mask.shape:
-        given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValueError(
-            f"decoder layer {layer} gave {given} where [B, S, H] with B, S = {list(vision_mask.shape)} of "
-            "input_ids was expected: the model inserts vision tokens itself or keeps parallel streams, and "
-            "is not supported."
-        )
-    return hidden
+    expected = list(vision_mask.shape)
+    if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == vision_mask.shape:
+        return hidden
+    given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+    why = "is not supported"
+    if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[0] == expected[0]:
+        why = "inserts vision tokens inside the model, and is not supported: their positions are not known outside"
+    elif isinstance(hidden, Tensor) and hidden.ndim == 4:
+        why = "keeps parallel residual streams apart, and is not supported: none of them alone is the hidden state"
+    raise ValueError(
+        f"decoder layer {layer} gave {given} where [B, S, H] with B, S = {expected} of input_ids was expected: "
+        f"the model {why}."
+    )
 
 
 def _to_model(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -210,12 +249,3 @@ def _to_model(batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[st
             value = value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
         inputs[key] = value
     return inputs
-
-
-def _lean_options(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """No cache, and no logits beyond the last position unless a loss needs them."""
-    accepted = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    if "logits_to_keep" in accepted and "labels" not in inputs:
-        options["logits_to_keep"] = 1
-    return options
