@@ -194,7 +194,7 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def check_takes_pixels(model: PreTrainedModel) -> None:
     """A ``ValueError`` for a model whose forward has no argument for images."""
     arguments = inspect.signature(model.forward).parameters
-    if not any(_PIXEL_ARGUMENT.search(name) for name in arguments):
+    if "input_ids" in arguments and not any(_PIXEL_ARGUMENT.search(name) for name in arguments):
         raise ValueError(
             f"{type(model).__name__} takes no pixels: its forward has no argument for images. MIR needs the whole "
             "vision-language model; where vision tokens are put in by other code, pass hidden_states."

@@ -423,10 +423,12 @@ FAMILIES = {
 }
 
 
-def build_family(name: str) -> Any:
+def build_family(name: str, vocab_size: int = VOCABULARY, **config_changes: Any) -> Any:
     """The tiny random model."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[name](**FAMILIES[name].config)
+    arguments = {**FAMILIES[name].config, **config_changes}
+    arguments["text_config"] = {**arguments.get("text_config", {}), "vocab_size": vocab_size}
+    config = CONFIG_MAPPING[name](**arguments)
     model = AutoModelForImageTextToText.from_config(config).eval()
     for key, parameter in model.named_parameters():
         if "mm_input_projection" in key:  # Gemma 3's starts as zeros

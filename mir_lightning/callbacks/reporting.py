@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,21 +66,35 @@ def collapse_warning(history: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def layer_figure(result: MIRResult, step: int) -> Figure:
-    """Fréchet distance by layer, split into mean gap and covariance gap."""
+def layer_figure(result: MIRResult | Mapping[str, Any], title: str) -> Figure:
+    """Fréchet distance by layer, split into mean gap and covariance gap, of a result or its plain form."""
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure()
     axes = figure.subplots()
-    layers = range(1, len(result.layers) + 1)
-    axes.bar(layers, result.mean_gap, color=_MEAN_COLOUR, label="mean gap", width=0.85)
-    axes.bar(layers, result.cov_gap, bottom=result.mean_gap, color=_COV_COLOUR, label="covariance gap", width=0.85)
-    axes.set(
-        xlabel="decoder layer",
-        ylabel="Fréchet distance",
-        title=f"Step {step}: MIR {result.mir:.3f}",
-        xlim=(0.4, len(result.layers) + 0.6),
-    )
+    parts = result if isinstance(result, Mapping) else vars(result)
+    mean_gap, cov_gap = parts["mean_gap"], parts["cov_gap"]
+    layers = range(1, len(mean_gap) + 1)
+    axes.bar(layers, mean_gap, color=_MEAN_COLOUR, label="mean gap", width=0.85)
+    axes.bar(layers, cov_gap, bottom=mean_gap, color=_COV_COLOUR, label="covariance gap", width=0.85)
+    axes.set(xlabel="decoder layer", ylabel="Fréchet distance", title=title, xlim=(0.4, len(mean_gap) + 0.6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def layer_comparison_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
+    """Fréchet distance by layer of several models, by name."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure()
+    axes = figure.subplots()
+    for (name, layers), marker in zip(curves.items(), itertools.cycle("os^Dv<>P")):
+        axes.plot(range(1, len(layers) + 1), layers, marker=marker, markersize=4, linewidth=1.2, label=name)
+    if all(value > 0 for layers in curves.values() for value in layers):
+        axes.set_yscale("log")
+    axes.set(xlabel="decoder layer", ylabel="Fréchet distance")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -212,7 +227,7 @@ def log_pictures(trainer: pl.Trainer, name: str, result: MIRResult, history: Seq
         return
     step = trainer.global_step
     figures = {
-        "layers": layer_figure(result, step),
+        "layers": layer_figure(result, f"Step {step}: MIR {result.mir:.3f}"),
         "heatmap": heatmap_figure([p["step"] for p in history], [p["layers"] for p in history]),
         "tokens": token_figure(result, step),
     }
@@ -227,20 +242,23 @@ def _log_media(logger: Logger, prefix: str, figures: Mapping[str, Figure], resul
     if isinstance(logger, WandbLogger):
         for key, figure in figures.items():
             logger.log_image(f"{prefix}/{key}", [figure], step=step)
-        columns, rows = _layer_table(result, step)
-        logger.log_table(f"{prefix}/table", columns=columns, data=rows, step=step)
+        columns, rows = layer_table(vars(result))
+        rows = [[step, *row] for row in rows]
+        logger.log_table(f"{prefix}/table", columns=["step", *columns], data=rows, step=step)
     elif isinstance(logger, TensorBoardLogger):
         for key, figure in figures.items():
             logger.experiment.add_figure(f"{prefix}/{key}", figure, global_step=step)
 
 
-def _layer_table(result: MIRResult, step: int) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of all that is known by layer."""
-    columns = ["step", "layer", "distance", "mean gap", "covariance gap", "vision rank", "text rank"]
+def layer_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of all that is known by layer, from the fields of a result."""
+    columns = ["layer", "distance", "mean gap", "covariance gap", "vision rank", "text rank"]
     columns += ["vision outliers", "text outliers"]
-    numbers = torch.stack([result.layers, result.mean_gap, result.cov_gap], dim=1)
-    rows = torch.cat([numbers, result.effective_rank, result.outliers], dim=1).tolist()
-    return columns, [[step, layer, *row] for layer, row in enumerate(rows, start=1)]
+    numbers = [torch.as_tensor(result[key])[:, None] for key in ("layers", "mean_gap", "cov_gap")]
+    pairs = [torch.as_tensor(result[key]) for key in ("effective_rank", "outliers")]
+    return columns, [
+        [layer, *row] for layer, row in enumerate(torch.cat(numbers + pairs, dim=1).tolist(), start=1)
+    ]
 
 
 def picture_folder(trainer: pl.Trainer, name: str = "mir") -> Path:

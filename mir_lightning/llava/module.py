@@ -74,6 +74,10 @@ class LlavaPretraining(pl.LightningModule):
         scheduler = get_cosine_schedule_with_warmup(optimizer, round(self.warmup_ratio * steps), steps)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model's config, so that a checkpoint can be read without this module."""
+        checkpoint["vlm_config"] = self.vlm.config.to_dict()
+
     def save_pretrained(self, folder: Path) -> None:
         """Write model and processor in Hugging Face format."""
         self.vlm.save_pretrained(folder)

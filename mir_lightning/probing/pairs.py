@@ -1,57 +1,236 @@
-"""A probe as the MIR paper builds it: image number i with text number i, unrelated to each other."""
+"""A probe as the MIR paper builds it: image number i, then text number i, unrelated to each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from mir_lightning.functional.checks import check_at_least_one
-from mir_lightning.probing.probe import Batch, Probe
+from mir_lightning.probing.probe import Batch, Probe, batch_digest, checked_batch
+from mir_lightning.vlm import TextPositions, token_masks
+
+T = TypeVar("T")
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
-_TEXT_SUFFIXES = {".txt", ".story"}
+_TEXT_SUFFIXES = {".txt", ".story", ".jsonl"}
+_PLAIN_PROMPT = "{image}\n{text}"
 
 
-def pair_probe(processor: Any, images: Path, texts: Path, num: int, batch_size: int = 4) -> Probe:
-    """Pair the first ``num`` images and texts of two folders, in the order of their names.
+@dataclass(frozen=True)
+class Pair:
+    """Images, and what follows them: the turns of a conversation, the user's first."""
+
+    images: tuple[Path, ...]
+    turns: tuple[str, ...]
+
+
+def read_pairs(images: Path, texts: Path, num: int, seed: int | None = None) -> list[Pair]:
+    """Image number i with text number i, in the order of their names.
 
     Args:
-        processor: the model's processor, with an ``image_token``.
         images: folder of pictures.
-        texts: folder of ``.txt`` or ``.story`` files; of a story, what precedes the first ``@highlight``.
+        texts: folder of ``.txt`` files, ``.story`` files (what precedes the first ``@highlight``) and ``.jsonl``
+            files (a text, or an object with a ``"text"``, a line); or one such ``.jsonl`` file.
         num: number of pairs.
-        batch_size: pairs a batch.
+        seed: draw images and texts at random with it; ``None`` takes the first.
 
     Raises:
-        ValueError: if ``num`` or ``batch_size`` is below 1, or a folder holds fewer than ``num`` files.
+        ValueError: if a folder is none, holds too few, or a line is not as it should be.
     """
-    check_at_least_one(num=num, batch_size=batch_size)
-    pictures = _files(images, _IMAGE_SUFFIXES, num, "images")
-    stories = _files(texts, _TEXT_SUFFIXES, num, "texts")
-    return Probe(_batches(processor, pictures, stories, batch_size))
+    check_at_least_one(num=num)
+    chosen = _choose(_files(images, _IMAGE_SUFFIXES, "images"), num, seed, f"images: {images}")
+    sources = [texts] if texts.suffix == ".jsonl" else _files(texts, _TEXT_SUFFIXES, "texts")
+    all_texts = [text for path in sources for text in _texts(path)]
+    return [
+        Pair((image,), (text,))
+        for image, text in zip(chosen, _choose(all_texts, num, seed, f"texts: {texts}"), strict=True)
+    ]
 
 
-def _files(folder: Path, suffixes: set[str], num: int, name: str) -> list[Path]:
+def _files(folder: Path, suffixes: set[str], name: str) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{name} must be a folder, got {folder}.")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+
+
+def _choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T]:
     if len(found) < num:
-        raise ValueError(
-            f"{name}: {folder} holds {len(found)} files ({', '.join(sorted(suffixes))}), {num} are needed."
-        )
-    return found[:num]
+        raise ValueError(f"{what} holds {len(found)}, {num} are needed.")
+    return list(found[:num]) if seed is None else random.Random(seed).sample(list(found), num)
 
 
-def _batches(processor: Any, pictures: list[Path], stories: list[Path], batch_size: int) -> Iterator[Batch]:
+def _texts(path: Path) -> list[str]:
+    content = path.read_text("utf-8")
+    if path.suffix != ".jsonl":
+        return [content.split("@highlight")[0].strip()]
+    texts = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+        text = value.get("text") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, line {number} must be a text or an object with a "text".')
+        texts.append(text.strip())
+    return texts
+
+
+def readable_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
+    """The pairs all of whose images decode, and for each that does not its path and why."""
+    kept, unreadable = [], []
+    for pair in pairs:
+        try:
+            for path in pair.images:
+                _open(path)
+            kept.append(pair)
+        except ValueError as error:
+            unreadable.append(str(error))
+    return kept, unreadable
+
+
+def _open(path: Path) -> Any:
     from PIL import Image
 
-    for start in range(0, len(pictures), batch_size):
-        chosen = slice(start, start + batch_size)
-        texts = [path.read_text("utf-8").split("@highlight")[0].strip() for path in stories[chosen]]
-        yield processor(
-            images=[Image.open(path).convert("RGB") for path in pictures[chosen]],
-            text=[f"{processor.image_token}\n{text}" for text in texts],
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+class PairProbe(Probe):
+    """Pairs as batches of a processor, made when they are asked for: memory does not grow with their number.
+
+    Everything after the last image token is text, role words and end token included, as in the MIR paper's
+    script; the processor's marks right behind the image are not.
+
+    Args:
+        processor: the model's processor. Its chat template makes the prompt, images before the text.
+        config: the model's config.
+        pairs: what to show the model.
+        batch_size: pairs a batch.
+        prompt: format with ``{image}`` and ``{text}`` to use instead of a chat template; a processor without one
+            that takes images gets the image, a line break, and the text.
+        text: which positions count as text.
+
+    Raises:
+        ValueError: if there are no pairs, or ``prompt`` lacks a part; when a batch is made, for an unreadable
+            image or a text that holds the image placeholder.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        config: PreTrainedConfig,
+        pairs: Sequence[Pair],
+        batch_size: int = 4,
+        prompt: str | None = None,
+        text: TextPositions = "after_vision",
+    ) -> None:
+        check_at_least_one(batch_size=batch_size, pairs=len(pairs))
+        if prompt is not None and ("{image}" not in prompt or "{text}" not in prompt):
+            raise ValueError(f"prompt must hold {{image}} and {{text}}, got {prompt!r}.")
+        self.processor = processor
+        self.config = config
+        self.pairs = [list(pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size)]
+        self.text = text
+        self.prompt = prompt if prompt or _writes_images(processor) else _PLAIN_PROMPT
+        self._digests = {}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pairs = self.pairs[index]
+        images = [[_open(path) for path in pair.images] for pair in pairs]
+        made = self._from_prompt(pairs, images) if self.prompt else self._from_chat(pairs, images)
+        batch = checked_batch(index, {**made})
+        batch["text_mask"] = self._text_mask(batch)
+        if index not in self._digests:
+            self._digests[index] = batch_digest(batch)
+        return batch
+
+    def _from_prompt(self, pairs: Sequence[Pair], images: list[list[Any]]) -> Batch:
+        assert self.prompt is not None
+        token = self._image_token()
+        texts = ["\n".join(pair.turns) for pair in pairs]
+        for pair, text in zip(pairs, texts, strict=True):
+            if token in text:
+                raise ValueError(f"the text beside {pair.images[0]} holds the image placeholder {token!r}.")
+        return self.processor(
+            images=images
+            if any(len(each) > 1 for each in images)
+            else [image for each in images for image in each],
+            text=[
+                self.prompt.replace("{image}", token * len(pair.images)).replace("{text}", text)
+                for pair, text in zip(pairs, texts, strict=True)
+            ],
             padding=True,
             return_tensors="pt",
         )
+
+    def _image_token(self) -> str:
+        token = getattr(self.processor, "image_token", None)
+        if token is None:
+            raise ValueError(
+                f"{type(self.processor).__name__} has no chat template, and no image_token to put into a prompt."
+            )
+        return str(token)
+
+    def _from_chat(self, pairs: Sequence[Pair], images: list[list[Any]]) -> Batch:
+        conversations = []
+        for pair, opened in zip(pairs, images, strict=True):
+            content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in opened]
+            turns = [("user", [*content, {"type": "text", "text": pair.turns[0]}])]
+            for place, turn in enumerate(pair.turns[1:], start=1):
+                turns.append((("user", "assistant")[place % 2], [{"type": "text", "text": turn}]))
+            conversations.append([{"role": role, "content": said} for role, said in turns])
+        return self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=all(len(pair.turns) % 2 for pair in pairs),
+            processor_kwargs={"padding": True},
+        )
+
+    def _text_mask(self, batch: Batch) -> Tensor:
+        masks = token_masks(self.config, batch, self.text)
+        marks = self._added_tokens(batch["input_ids"])
+        text = masks.text.clone()
+        for row, vision, mark in zip(text, masks.vision, marks, strict=True):
+            where = vision.nonzero()[:, 0]
+            if len(where):
+                first, end = int(where[0]), int(where[-1]) + 1
+                while end < len(row) and mark[end]:
+                    end += 1
+                while first > 0 and mark[first - 1]:
+                    first -= 1
+                row[first:end] = False
+        return text
+
+    def _added_tokens(self, input_ids: Tensor) -> Tensor:
+        """Where the processor's special tokens are, but for those that begin, end and pad a text."""
+        tokenizer = self.processor.tokenizer
+        ordinary = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        added = sorted(set(tokenizer.added_tokens_decoder) - ordinary)
+        return torch.isin(input_ids, torch.tensor(added, dtype=input_ids.dtype))
+
+
+def _writes_images(processor: Any) -> bool:
+    """Whether the chat template knows images; many a processor carries that of its text-only language model."""
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "text"}]}
+    try:
+        written = processor.apply_chat_template([message], tokenize=False)
+    except Exception:  # a template is a program, and fails as it likes
+        return False
+    return (getattr(processor, "image_token", None) or "") in written

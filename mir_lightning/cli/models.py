@@ -1,0 +1,134 @@
+"""Models and processors from whatever a user points at."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+
+import mir_lightning.llava.backbones  # noqa: F401  (models saved by the recipe name its vision encoder)
+
+_VLM_PREFIX = "vlm."  # where the recipe's LightningModule keeps the model
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Where and how to run the model."""
+    parser.add_argument("--processor", help="folder or hub id of the processor, if it is not beside the model")
+    parser.add_argument("--device", default="auto", help='torch device, or "auto": cuda if there is one')
+    parser.add_argument(
+        "--device-map", metavar="MAP", help='"auto" spreads the model over devices (needs accelerate)'
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help='of the weights; "auto" is the saved one',
+    )
+
+
+def load_model(source: str, options: argparse.Namespace) -> nn.Module:
+    """The model at ``source``: a folder or hub id, an adapter's folder, or the recipe's Lightning checkpoint.
+
+    Raises:
+        ValueError: if ``source`` is none of them.
+        OSError: if nothing can be loaded from it.
+    """
+    dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    if source.endswith(".ckpt"):
+        model: nn.Module = _from_lightning_checkpoint(Path(source))
+        return model.to(_device(options), dtype).eval()
+    arguments: dict[str, Any] = {"dtype": dtype or "auto"}
+    if options.device_map is not None:
+        arguments["device_map"] = options.device_map
+    model = AutoModelForImageTextToText.from_pretrained(base_of_adapter(source) or source, **arguments)
+    if base_of_adapter(source):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source)
+    if options.device_map is None:
+        nn.Module.to(model, _device(options))
+    return model.eval()
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(options.device)
+
+
+def base_of_adapter(source: str) -> str | None:
+    """The base model that an adapter's folder names; ``None`` if ``source`` is no such folder."""
+    config = Path(source) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    base = json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{config} names no base model (base_model_name_or_path).")
+    return str(base)
+
+
+def _from_lightning_checkpoint(path: Path) -> PreTrainedModel:
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "vlm_config" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of the recipe: it does not hold the model's config.")
+    config = AutoConfig.for_model(**checkpoint["vlm_config"])
+    model = AutoModelForImageTextToText.from_config(config)
+    state = checkpoint["state_dict"]
+    model.load_state_dict({k.removeprefix(_VLM_PREFIX): v for k, v in state.items() if k.startswith(_VLM_PREFIX)})
+    return model
+
+
+def load_processor(source: str, options: argparse.Namespace) -> Any:
+    """The processor of a model: ``--processor``, or beside the model, its adapter's base, or its checkpoint.
+
+    Raises:
+        ValueError: if none is beside a checkpoint.
+        ImportError: if it needs a library that is not installed.
+    """
+    places = [options.processor, source, base_of_adapter(source)]
+    if options.processor is None and source.endswith(".ckpt"):
+        places = [_beside_checkpoint(Path(source))]
+    elif options.processor is None and base_of_adapter(source) and not _has_processor(source):
+        places = [base_of_adapter(source)]
+    place = next(place for place in places if place)
+    try:
+        return AutoProcessor.from_pretrained(place)
+    except ImportError as error:
+        return _without_video_processor(place, error)
+
+
+def _has_processor(folder: str) -> bool:
+    return any((Path(folder) / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
+
+
+def _beside_checkpoint(path: Path) -> str:
+    for folder in path.resolve().parents:
+        if _has_processor(str(folder / "processor")):
+            return str(folder / "processor")
+    raise ValueError(f"{path}: no folder named processor beside it or above it; give --processor.")
+
+
+def _without_video_processor(place: str, error: ImportError) -> Any:
+    """A processor whose video part cannot be built here, for want of torchvision, serves images without it."""
+    name = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(place).model_type)
+    kind = processor_class_from_name(name) if isinstance(name, str) else None
+    hint = f"the processor at {place} needs torchvision: pip install torchvision"
+    if kind is None or "video_processor" not in kind.get_attributes():
+        raise ImportError(f"{hint} ({error})") from error
+    parts = [part for part in kind.get_attributes() if part != "video_processor"]
+    images_only: Any = type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts)})
+    try:
+        return images_only.from_pretrained(place)
+    except ImportError as second:
+        raise ImportError(f"{hint} ({second})") from second

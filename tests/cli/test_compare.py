@@ -1,0 +1,45 @@
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def results(run, shared, tmp_path):
+    files = []
+    for name, variant in (("model", "paper"), ("other", "paper"), ("other", "official")):
+        files.append(tmp_path / f"{name}-{variant}.json")
+        arguments = ["--variant", variant, "--json", files[-1], "--no-progress"]
+        assert run("eval", shared.root / name, *arguments).status == 0
+    return files
+
+
+def test_a_table_sorted_by_mir_and_one_picture(run, shared, results, tmp_path):
+    table, plot = tmp_path / "table.csv", tmp_path / "curves.png"
+    done = run("compare", *results[:2], "--csv", table, "--plot", plot, pairs=False)
+    assert done.status == 0
+    records = {json.loads(file.read_text())["mir"]: file.stem.split("-")[0] for file in results[:2]}
+    expected = [records[mir] for mir in sorted(records)]
+    assert [line.split()[0] for line in done.out.splitlines()[1:]] == expected
+    rows = list(csv.DictReader(table.open()))
+    assert [row["model"] for row in rows] == expected
+    assert float(rows[0]["mir"]) == min(records)
+    with Image.open(plot) as picture:
+        assert picture.width > 400
+    models = run("compare", shared.root / "other", results[0], "--json", tmp_path / "all.json")
+    assert models.out == done.out
+    assert [record["mir"] for record in json.loads((tmp_path / "all.json").read_text())] == sorted(records)
+
+
+def test_what_is_not_comparable_is_refused(run, shared, results, tmp_path):
+    done = run("compare", results[0], results[2], pairs=False)
+    assert done.status == 1
+    assert "not comparable: variant " in done.err
+    assert run("compare", results[0], results[2], "--allow-different", pairs=False).status == 0
+    other_probe = json.loads(results[1].read_text()) | {"source": "somewhere else"}
+    results[1].write_text(json.dumps(other_probe))
+    assert "not comparable: probe" in run("compare", *results[:2], pairs=False).err
+    for name, content, message in (("a.json", "{", "is not JSON"), ("b.json", "[]", "is no result")):
+        (tmp_path / name).write_text(content)
+        assert message in run("compare", tmp_path / name, pairs=False).err

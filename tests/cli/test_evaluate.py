@@ -1,0 +1,124 @@
+import csv
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+
+from mir_lightning import cli, evaluate_mir
+from mir_lightning.cli.evaluate import layer_bars
+from mir_lightning.probing.pairs import PairProbe, read_pairs
+
+
+def test_prints_and_writes_the_number(shared, run, tmp_path):
+    files = {suffix: tmp_path / f"out.{suffix}" for suffix in ("json", "csv", "png")}
+    done = run(
+        "eval", shared.root / "model", "--json", files["json"], "--csv", files["csv"], "--plot", files["png"]
+    )
+    assert done.status == 0
+    pairs = read_pairs(shared.root / "images", shared.root / "texts", 3)
+    expected = evaluate_mir(shared.model, PairProbe(shared.processor, shared.model.config, pairs, 3))
+    written = json.loads(files["json"].read_text())
+    assert written["mir"] == pytest.approx(expected.mir, rel=1e-6)
+    assert written["layers"] == pytest.approx(expected.layers.tolist(), rel=1e-5)
+    assert written["fingerprint"] == expected.fingerprint
+    assert written["checked"]
+    assert f"MIR {expected.mir:.4f} (paper;" in done.out
+    assert f"tokens    30 vision, {expected.text_tokens} text" in done.out
+    assert "100%" in done.err  # the bar
+    rows = list(csv.reader(files["csv"].open()))
+    assert rows[0][:2] == ["layer", "distance"]
+    assert [float(row[1]) for row in rows[1:]] == pytest.approx(written["layers"])
+    with Image.open(files["png"]) as picture:
+        assert picture.width > 400
+
+
+def test_batch_size_does_not_matter(run, shared, tmp_path):
+    numbers = []
+    for size in ("1", "2", "auto"):
+        file = tmp_path / f"{size}.json"
+        assert run("eval", shared.root / "model", "--batch-size", size, "--json", file).status == 0
+        numbers.append(json.loads(file.read_text()))
+    assert [n["mir"] for n in numbers] == pytest.approx([numbers[0]["mir"]] * 3, rel=1e-5)
+    assert len({n["source"] for n in numbers}) == 1
+    assert len({n["fingerprint"] for n in numbers}) == 3
+
+
+def test_automatic_batches_shrink_where_the_engine_cannot_cut_them(run, shared, tmp_path, monkeypatch):
+    forward, tried = type(shared.model).forward, []
+
+    def refuse_three(self, **inputs):
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] == 3:
+            raise torch.OutOfMemoryError("three samples")
+        return forward(self, **inputs)
+
+    class NoRows(PairProbe):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "image_sizes": torch.ones(1, 2)}
+
+    monkeypatch.setattr(type(shared.model), "forward", refuse_three)
+    monkeypatch.setattr("mir_lightning.cli.probe.PairProbe", NoRows)
+    assert run("eval", shared.root / "model", "--no-check").status == 0
+    assert tried == [3, 1, 1, 1]
+    assert "three samples" in run("eval", shared.root / "model", "--no-check", "--batch-size", 3).err
+
+
+def test_the_model_is_what_its_weights_are(run, shared):
+    float32 = run("eval", shared.root / "model").out
+    bfloat16 = run("eval", shared.root / "model", "--dtype", "bfloat16", "--device", "cpu").out
+    assert float32.splitlines()[0] != bfloat16.splitlines()[0]
+    mapped = run("eval", shared.root / "model", "--device-map", "auto").out
+    assert mapped.splitlines()[0] == float32.splitlines()[0]
+
+
+def test_an_adapter_finds_its_base(run, shared, tmp_path):
+    torch.manual_seed(0)
+    base = type(shared.model).from_pretrained(shared.root / "model")
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(shared.root / "model")
+    adapted.save_pretrained(tmp_path / "adapter")
+    pairs = read_pairs(shared.root / "images", shared.root / "texts", 3)
+    expected = evaluate_mir(adapted.eval(), PairProbe(shared.processor, base.config, pairs, 3)).mir
+    assert f"MIR {expected:.4f}" in run("eval", tmp_path / "adapter").out
+    assert f"MIR {expected:.4f}" not in run("eval", shared.root / "model").out
+
+
+def test_a_lightning_checkpoint_of_the_recipe(run, shared, tmp_path):
+    checkpoint = {
+        "vlm_config": shared.model.config.to_dict(),
+        "state_dict": {f"vlm.{key}": value for key, value in shared.model.state_dict().items()},
+    }
+    (tmp_path / "deep").mkdir()
+    torch.save(checkpoint, tmp_path / "deep" / "step.ckpt")
+    assert "give --processor" in run("eval", tmp_path / "deep" / "step.ckpt").err
+    shared.processor.save_pretrained(tmp_path / "processor")
+    first_line = run("eval", shared.root / "model").out.splitlines()[0]
+    assert run("eval", tmp_path / "deep" / "step.ckpt").out.splitlines()[0] == first_line
+    torch.save({"state_dict": {}}, tmp_path / "deep" / "other.ckpt")
+    assert "no checkpoint of the recipe" in run("eval", tmp_path / "deep" / "other.ckpt").err
+
+
+def test_failures_are_one_line_and_status_1(run, shared, tmp_path):
+    done = run("eval", shared.root / "model", "--images", tmp_path, "--texts", tmp_path, pairs=False)
+    assert done.status == 1
+    assert done.err.splitlines()[-1] == f"mir-lightning: images: {tmp_path} holds 0, 100 are needed."
+    assert "Traceback" not in done.err
+    assert "Traceback" in run("eval", tmp_path / "nowhere", "--debug").err
+    assert run("eval", shared.root / "model", pairs=False).err.endswith("or --data, or --probe.\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["eval"], ["eval", "m", "--num", "0"], ["eval", "m", "--variant", "new"], ["nothing"], []]
+)
+def test_bad_usage_is_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: mir-lightning" in capsys.readouterr().err
+
+
+def test_layer_bars():
+    assert layer_bars([0.0, 0.5, 1.0]) == "▁▅█"
+    assert layer_bars([0.0, 0.0]) == "▁▁"

@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from mir_lightning import Probe
+
+
+def test_a_saved_probe_gives_the_same_number(run, shared, tmp_path):
+    made = run("probe", shared.root / "model", "-o", tmp_path / "probe.safetensors")
+    assert made.status == 0
+    arguments = ["eval", shared.root / "model", "--json", tmp_path / "out.json"]
+    fresh, saved = run(*arguments), None
+    first = json.loads((tmp_path / "out.json").read_text())
+    saved = run(*arguments, "--probe", tmp_path / "probe.safetensors", pairs=False)
+    again = json.loads((tmp_path / "out.json").read_text())
+    assert saved.status == fresh.status == 0
+    for key in ("mir", "layers", "source", "fingerprint"):
+        assert again[key] == first[key]
+    assert first["fingerprint"] in made.out
+    assert Probe.load(tmp_path / "probe.safetensors")[1]["text"] == "after_vision"
+
+
+def test_llava_format_data(run, shared, tmp_path):
+    records = [
+        {
+            "id": f"r{i}",
+            "image": f"{i}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "Noise in colour."},
+            ],
+        }
+        for i in range(3)
+    ]
+    records.append({"conversations": [{"from": "human", "value": "No picture."}]})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    arguments = ["eval", shared.root / "model", "--data", tmp_path / "data.json", "--num", 3]
+    assert "tokens    30 vision" in run(*arguments, "--image-folder", shared.root / "images", pairs=False).out
+    assert "3 of 3 pairs have images that cannot be read" in run(*arguments, pairs=False).err
+    outside = run(*arguments, "--image-folder", shared.root / "images" / "..", "--num", 4, pairs=False)
+    assert "holds 3 records with images, 4 are needed" in outside.err
+
+
+def test_unreadable_images_are_named_and_counted(run, shared, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for source in (shared.root / "images").iterdir():
+        (images / source.name).write_bytes(source.read_bytes())
+    (images / "1.png").write_bytes((images / "1.png").read_bytes()[:300])
+    arguments = ["eval", shared.root / "model", "--images", images, "--texts", shared.root / "texts", "--num", 3]
+    done = run(*arguments, pairs=False)
+    assert done.status == 1
+    assert "1 of 3 pairs have images that cannot be read, more than --max-unreadable 0.01 allows" in done.err
+    done = run(*arguments, "--max-unreadable", 0.4, pairs=False)
+    assert done.status == 0
+    assert f"left out: {images / '1.png'} cannot be read" in done.err
+    assert "tokens    20 vision" in done.out
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_seed_draws_other_pairs(run, shared, tmp_path, seed):
+    sources = set()
+    for arguments in (["--num", 2], ["--num", 2, "--seed", seed], ["--num", 2, "--seed", seed]):
+        assert (
+            run(
+                "eval",
+                shared.root / "model",
+                *arguments,
+                "--images",
+                shared.root / "images",
+                "--texts",
+                shared.root / "texts",
+                "--json",
+                tmp_path / "out.json",
+                pairs=False,
+            ).status
+            == 0
+        )
+        sources.add(json.loads((tmp_path / "out.json").read_text())["source"])
+    assert len(sources) == 2
