@@ -52,17 +52,21 @@ def test_automatic_batches_shrink_where_the_engine_cannot_cut_them(run, shared, 
         tried.append(len(inputs["input_ids"]))
         if tried[-1] == 3:
             raise torch.OutOfMemoryError("three samples")
+        inputs.pop("not_by_row", None)
         return forward(self, **inputs)
 
-    class NoRows(PairProbe):
+    class Uncut(PairProbe):
         def __getitem__(self, index):
-            return {**super().__getitem__(index), "image_sizes": torch.ones(1, 2)}
+            return {**super().__getitem__(index), "not_by_row": torch.ones(1, 2)}
 
     monkeypatch.setattr(type(shared.model), "forward", refuse_three)
-    monkeypatch.setattr("mir_lightning.cli.probe.PairProbe", NoRows)
+    monkeypatch.setattr("mir_lightning.cli.probe.PairProbe", Uncut)
     assert run("eval", shared.root / "model", "--no-check").status == 0
     assert tried == [3, 1, 1, 1]
-    assert "three samples" in run("eval", shared.root / "model", "--no-check", "--batch-size", 3).err
+    assert (
+        "cannot be cut in two: not_by_row"
+        in run("eval", shared.root / "model", "--no-check", "--batch-size", 3).err
+    )
 
 
 def test_the_model_is_what_its_weights_are(run, shared):
