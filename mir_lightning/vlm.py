@@ -193,7 +193,7 @@ def _configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def check_takes_pixels(model: PreTrainedModel) -> None:
     """A ``ValueError`` for a model whose forward has no argument for images."""
-    arguments = inspect.signature(model.forward).parameters
+    arguments = inspect.signature(type(model).forward).parameters
     if "input_ids" in arguments and not any(_PIXEL_ARGUMENT.search(name) for name in arguments):
         raise ValueError(
             f"{type(model).__name__} takes no pixels: its forward has no argument for images. MIR needs the whole "

@@ -54,6 +54,21 @@ def point(result: MIRResult, step: int) -> dict[str, Any]:
     }
 
 
+def logged_point(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A point of the history from what :func:`scalars` gave a logger, and its step."""
+    prefix = f"{name}_layers/layer_"
+    return {
+        "step": values["step"],
+        "mir": values[name],
+        "loss": values.get(f"{name}_probe/loss"),
+        "perplexity": values.get(f"{name}_probe/perplexity"),
+        "seconds": values[f"{name}_probe/seconds"],
+        "vision_rank": values[f"{name}_rank/vision"],
+        "text_rank": values[f"{name}_rank/text"],
+        "layers": [values[key] for key in sorted(values, key=lambda k: (len(k), k)) if key.startswith(prefix)],
+    }
+
+
 def collapse_warning(history: Sequence[Mapping[str, Any]]) -> str | None:
     """What to tell of a MIR below its first value whose vision tokens have lost half their effective rank."""
     first, last = history[0], history[-1]
@@ -226,16 +241,25 @@ def log_pictures(trainer: pl.Trainer, name: str, result: MIRResult, history: Seq
     if not trainer.is_global_zero:
         return
     step = trainer.global_step
-    figures = {
+    figures = pictures(result, step, history)
+    save_pictures(picture_folder(trainer, name), figures)
+    _for_each_logger(trainer, lambda logger: _log_media(logger, f"{name}_media", figures, result, step))
+
+
+def pictures(result: MIRResult, step: int, history: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """Everything to look at, by name; ``history`` ends with this result's point."""
+    return {
         "layers": layer_figure(result, f"Step {step}: MIR {result.mir:.3f}"),
         "heatmap": heatmap_figure([p["step"] for p in history], [p["layers"] for p in history]),
         "tokens": token_figure(result, step),
     }
-    folder = picture_folder(trainer, name)
+
+
+def save_pictures(folder: Path, figures: Mapping[str, Figure]) -> None:
+    """Write each as a PNG file, over the last one."""
     folder.mkdir(parents=True, exist_ok=True)
     for key, figure in figures.items():
         figure.savefig(folder / f"{key}.png")
-    _for_each_logger(trainer, lambda logger: _log_media(logger, f"{name}_media", figures, result, step))
 
 
 def _log_media(logger: Logger, prefix: str, figures: Mapping[str, Figure], result: MIRResult, step: int) -> None:

@@ -140,7 +140,7 @@ class ProbeRun:
 
     def _forward_lean(self, inputs: dict[str, Any]) -> Any:
         """No cache, and no logits beyond the last position unless a loss needs them."""
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = inspect.signature(type(self.model).forward).parameters
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
         if "logits_to_keep" in accepted and "labels" not in inputs:
             options["logits_to_keep"] = 1

@@ -1,0 +1,131 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from mir_lightning import MIRCallback, Probe, evaluate_mir
+from mir_lightning.callbacks.hf import MIRTrainerCallback
+from tests.models import tiny_batch, tiny_llava
+from tests.training import fit
+
+STEPS = 6
+
+
+@pytest.fixture
+def probe():
+    return Probe([tiny_batch(seed=s) for s in (100, 101)])
+
+
+def _samples(count=16):
+    batches = [tiny_batch(seed=s, batch=1, padded=0) for s in range(count)]
+    return [{key: value[0] for key, value in batch.items()} for batch in batches]
+
+
+def _train(folder, probe=None, resume=None, model=None, steps=STEPS, arguments=(), **options):
+    torch.manual_seed(0)
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        **dict(arguments),
+    }
+    trainer = Trainer(
+        model or tiny_llava(dropout=0.1), TrainingArguments(folder, **settings), train_dataset=_samples()
+    )
+    if probe is not None:
+        trainer.add_callback(MIRTrainerCallback(trainer, probe, **{"every_n_steps": 2, **options}))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def _points(trainer, name="mir"):
+    return {row["step"]: row[name] for row in trainer.state.log_history if name in row}
+
+
+def test_the_curve_is_logged_under_the_names_of_the_lightning_callback(tmp_path, probe):
+    trainer = _train(tmp_path / "hf", probe)
+    assert list(_points(trainer)) == [0, 2, 4, 6]
+    assert _points(trainer)[6] == pytest.approx(evaluate_mir(trainer.model, probe).mir, rel=1e-9)
+    lightning, _ = fit(tmp_path / "lightning", [MIRCallback(probe, 2)])
+    with (Path(lightning.logger.log_dir) / "metrics.csv").open() as file:
+        names = {name for name in file.readline().strip().split(",") if name.startswith("mir")}
+    row = next(row for row in trainer.state.log_history if "mir" in row)
+    assert {name for name in row if name.startswith("mir")} == names
+    for picture in ("layers", "heatmap", "tokens"):
+        assert (tmp_path / "hf" / "mir_media" / f"{picture}.png").stat().st_size > 5000
+
+
+def test_training_is_the_same_with_and_without(tmp_path, probe):
+    with_it, without = _train(tmp_path / "a", probe), _train(tmp_path / "b")
+    for (name, a), b in zip(with_it.model.state_dict().items(), without.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (with_it, without)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == STEPS
+
+
+def test_resume_neither_repeats_nor_loses_a_point(tmp_path, probe):
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    folder = tmp_path / "whole"
+    runs = [
+        _train(folder, probe, resume, model=tiny_llava(), arguments=saving)
+        for resume in (None, str(folder / "checkpoint-3"))
+    ]
+    assert list(_points(runs[1])) == list(_points(runs[0])) == [0, 2, 4, 6]
+    assert list(_points(runs[1]).values()) == pytest.approx(list(_points(runs[0]).values()), rel=1e-6)
+    other = Probe([tiny_batch(seed=5)])
+    with pytest.raises(ValueError, match="is not that of the interrupted run"):
+        _train(tmp_path / "whole", other, resume=str(tmp_path / "whole" / "checkpoint-3"), strict_probe=True)
+
+
+def test_schedules(tmp_path, probe):
+    options = {"every_n_steps": None, "at_start": False, "at_end": False}
+    assert list(_points(_train(tmp_path / "a", probe, at_steps=[1, 5], **options))) == [1, 5]
+    assert list(_points(_train(tmp_path / "b", probe, growth=2, **options))) == [1, 2, 4]
+    epochs = _train(tmp_path / "c", probe, every_n_epochs=1, steps=16, **options)
+    assert list(_points(epochs)) == [8, 16]
+    counted = {"include_num_input_tokens_seen": True}
+    tokens = _train(tmp_path / "d", probe, every_n_tokens=3 * 2 * 19, arguments=counted, **options)
+    assert list(_points(tokens)) == [3, 6]
+    with pytest.raises(ValueError, match="every_n_tokens needs include_num_input_tokens_seen"):
+        _train(tmp_path / "e", probe, every_n_tokens=10, **options)
+    rare = _train(tmp_path / "f", probe, max_overhead=1e-6)
+    assert list(_points(rare)) == [0, 6]
+
+
+def test_a_failed_evaluation_is_reported_and_training_goes_on(tmp_path, probe, caplog):
+    model = tiny_llava()
+
+    def break_evaluation(module, inputs, output):
+        return output * torch.nan if not module.training else output
+
+    model.model.language_model.layers[1].register_forward_hook(break_evaluation)
+    trainer = _train(tmp_path, probe, model=model)
+    assert trainer.state.global_step == STEPS
+    assert not _points(trainer)
+    assert "MIR evaluation at step 0 failed, training goes on" in caplog.text
+    with pytest.raises(ValueError, match="hold NaN"):
+        _train(tmp_path, probe, model=model, on_error="raise")
+
+
+def test_bad_options(tmp_path, probe):
+    trainer = _train(tmp_path, steps=1)
+    with pytest.raises(TypeError, match=r"trainer must be a .*Trainer, got Probe"):
+        MIRTrainerCallback(probe, probe)
+    with pytest.raises(ValueError, match="max_overhead"):
+        MIRTrainerCallback(trainer, probe, max_overhead=2)
+    trainer.add_callback(MIRTrainerCallback(trainer, Probe([{"input_ids": torch.ones(1, 4, dtype=torch.long)}])))
+    with pytest.raises(ValueError, match="the probe has 0 vision tokens"):
+        trainer.train()
+
+
+def test_checkpoints_carry_the_curve_as_plain_json(tmp_path, probe):
+    _train(tmp_path, probe, arguments={"save_strategy": "steps", "save_steps": 2})
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "mir" in row] == [0, 2, 4]
