@@ -40,14 +40,14 @@ def _official_tokens(vision, text):
         yield torch.where(bad[:, None], tokens.median(dim=0).values, tokens)
 
 
-def _accurate(vision, text):
+def accurate(vision, text):
     v, t = (x.numpy() for x in _official_tokens(vision, text))
     cov_v, cov_t = np.cov(v, rowvar=False, dtype=np.float32), np.cov(t, rowvar=False, dtype=np.float32)
     root = scipy.linalg.sqrtm(cov_v @ cov_t).real
     return ((v.mean(0) - t.mean(0)) ** 2).sum() + np.trace(cov_v + cov_t - 2 * root)
 
 
-def _fast(vision, text):
+def fast(vision, text):
     v, t = _official_tokens(vision, text)
     cov_v, cov_t = torch.cov(v.T), torch.cov(t.T)
     product = cov_v @ cov_t
@@ -100,8 +100,8 @@ def main():
     ways = {
         "ours, paper": lambda layer: _ours(*moments[layer]),
         "FID arithmetic, our moments": lambda layer: _fid(*moments[layer]),
-        "script, accurate": lambda layer: _accurate(*tokens[layer]),
-        "script, fast (its default)": lambda layer: _fast(*tokens[layer]),
+        "script, accurate": lambda layer: accurate(*tokens[layer]),
+        "script, fast (its default)": lambda layer: fast(*tokens[layer]),
     }
     print(f"{'':<30}{'MIR':>8}{'sum FD':>10}{'s a layer':>11}")
     for name, seconds, total in _timed(ways, len(tokens)):

@@ -1,0 +1,66 @@
+"""The MIR paper's script, restated from its procedure, on the images and texts that the command line gets."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+
+def _generated_states(shared, image, text):
+    """Hidden states of the prompt, one sample through ``generate`` as the script runs it, layer by layer."""
+    token = shared.processor.image_token
+    inputs = shared.processor(
+        images=Image.open(image).convert("RGB"), text=f"{token}\n{text}", return_tensors="pt"
+    )
+    made = shared.model.eval().generate(
+        **inputs, max_new_tokens=1, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
+    )
+    is_vision = (inputs["input_ids"][0] == shared.processor.image_token_id).numpy()
+    after = np.arange(len(is_vision)) > np.flatnonzero(is_vision)[-1]
+    states = [state[0].float().numpy() for state in made.hidden_states[0][1:]]
+    return [(state[is_vision], state[after]) for state in states]
+
+
+def _replace_outliers(tokens):
+    norms = np.linalg.norm(tokens, axis=1)
+    middle = np.sort(norms)[(len(norms) - 1) // 2]
+    outlying = np.abs(norms - middle) > 3 * norms.std(ddof=1)
+    median = np.sort(tokens, axis=0)[(len(tokens) - 1) // 2]
+    return np.where(outlying[:, None], median, tokens)
+
+
+def _distance(vision, text, fast):
+    scale = 1 / np.linalg.norm(text, axis=1).mean()
+    vision, text = (_replace_outliers((tokens * scale).astype(np.float32)) for tokens in (vision, text))
+    covs = [np.cov(tokens, rowvar=False).astype(np.float32) for tokens in (vision, text)]
+    product = covs[0] @ covs[1]
+    if fast:
+        y, z = torch.from_numpy(product), torch.eye(len(product))
+        for _ in range(5):
+            y = (y + torch.linalg.inv(z) @ torch.from_numpy(product)) / 2
+            z = (z + torch.linalg.inv(y) @ torch.from_numpy(product)) / 2
+        root = y.numpy()
+    else:
+        root = scipy.linalg.sqrtm(product.astype(np.float64)).real
+    gap = vision.mean(0) - text.mean(0)
+    return gap @ gap + np.trace(covs[0]) + np.trace(covs[1]) - 2 * np.trace(root)
+
+
+# The fast mode inverts ill-conditioned float32 matrices: its own rounding is above 1e-4.
+@pytest.mark.parametrize(("variant", "fast", "rel"), [("official", False, 1e-4), ("official-fast", True, 1e-3)])
+def test_the_released_scripts_numbers(run, shared, tmp_path, variant, fast, rel):
+    texts = ["The tide comes in twice a day.", "A short story.", "Ünïcode, and then some more words."]
+    samples = [
+        _generated_states(shared, shared.root / "images" / f"{i}.png", text) for i, text in enumerate(texts)
+    ]
+    distances = [
+        _distance(*(np.concatenate(parts) for parts in zip(*layer, strict=True)), fast)
+        for layer in zip(*samples, strict=True)
+    ]
+    run("eval", shared.root / "model", "--variant", variant, "--json", tmp_path / "out.json")
+    ours = json.loads((tmp_path / "out.json").read_text())
+    assert ours["layers"] == pytest.approx(distances, rel=rel)
+    assert ours["mir"] == pytest.approx(np.log10(sum(distances)), abs=rel)
