@@ -128,7 +128,7 @@ def _layer_list(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The decoder's list of layers by the uniform rule, and the module that owns it."""
     decoder = _innermost_decoder(model)
     depth = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    owner, layers = _shallowest_list(decoder, depth)
+    owner, layers = shallowest_list(decoder, depth)
     if layers is None or owner is None:
         raise ValueError(
             f"no decoder layers found in {type(model).__name__}: looked for a ModuleList of {depth} "
@@ -148,7 +148,7 @@ def _innermost_decoder(model: PreTrainedModel) -> PreTrainedModel:
     return seen[-1]
 
 
-def _shallowest_list(root: nn.Module, length: int | None) -> tuple[nn.Module | None, nn.ModuleList | None]:
+def shallowest_list(root: nn.Module, length: int | None) -> tuple[nn.Module | None, nn.ModuleList | None]:
     """The first ``ModuleList`` of ``length``, breadth-first, and the module that owns it."""
     queue = deque([root])
     while queue:

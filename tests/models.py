@@ -6,12 +6,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 IMAGE_TOKEN = 3
 
 
-def tiny_llava(seed=0, layers=3, dropout=0.0, vocab_size=64, image_token=IMAGE_TOKEN):
+def tiny_llava(
+    seed=0, layers=3, dropout=0.0, vocab_size=64, image_token=IMAGE_TOKEN, vision_layers=2, feature_layer=-1
+):
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=vision_layers,
         num_attention_heads=2,
         image_size=12,
         patch_size=4,
@@ -30,7 +32,7 @@ def tiny_llava(seed=0, layers=3, dropout=0.0, vocab_size=64, image_token=IMAGE_T
         vision_config=vision,
         text_config=text,
         image_token_index=image_token,
-        vision_feature_layer=-1,
+        vision_feature_layer=feature_layer,
         vision_feature_select_strategy="full",
     )
     return LlavaForConditionalGeneration(config)

@@ -8,6 +8,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mir_lightning import Probe, evaluate_mir
 from mir_lightning.functional import modality_integration_rate
+from mir_lightning.probing.evaluate import UncheckedMaskWarning
 from mir_lightning.vlm import find_decoder, token_masks
 from tests.families import FAMILIES, IMAGE, TEXT, VISION, build_family, family_batch
 from tests.models import tiny_batch, tiny_llava
@@ -44,7 +45,7 @@ def test_the_check_needs_pixels_that_reach_the_decoder():
     with torch.no_grad():
         for parameter in model.model.multi_modal_projector.parameters():
             parameter.zero_()
-    with pytest.warns(UserWarning, match="no input of the first decoder layer moves with the pixels"):
+    with pytest.warns(UncheckedMaskWarning, match="no input of the first decoder layer moves with the pixels"):
         assert not evaluate_mir(model, Probe([batch]), check=True).checked
     batch["inputs_embeds"] = model.get_input_embeddings()(batch["input_ids"])
     with pytest.raises(ValueError, match="carry no pixels"):

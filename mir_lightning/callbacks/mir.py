@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from mir_lightning.callbacks.strategies import check_data_parallel, forward_thro
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.mir import Variant
 from mir_lightning.probing.batches import check_probe
-from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
+from mir_lightning.probing.evaluate import MIRResult, UncheckedMaskWarning, evaluate_mir
 from mir_lightning.probing.probe import Probe, ProbeLike
 from mir_lightning.probing.run import HiddenStates
 from mir_lightning.vlm import TextPositions, find_vlm
@@ -214,6 +215,10 @@ class MIRCallback(pl.Callback):
         """Last step."""
         if self.at_end:
             self._evaluate(trainer, pl_module)
+        if self.check and self.hidden_states is None and self.history and not self._checked:
+            rank_zero_warn(
+                f"{self.name}: no evaluation could check the vision mask: pixels never reached the decoder."
+            )
 
     def _seconds_of_training(self) -> float:
         return self._train_seconds + time.monotonic() - self._clock
@@ -252,7 +257,8 @@ class MIRCallback(pl.Callback):
         network, probe = self._network, self.probe
         assert network is not None
         assert isinstance(probe, Probe)
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UncheckedMaskWarning)  # a silent projector may speak later
             result = evaluate_mir(
                 network,
                 probe,

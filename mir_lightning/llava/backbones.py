@@ -1,17 +1,22 @@
-"""Ready parts of a vision-language model: packaged LLM and vision encoder, joined as a Hugging Face LLaVA."""
+"""Where the recipe's model comes from: any LLM and vision encoder joined as a LLaVA, a VLM, or packaged parts."""
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
     LlavaConfig,
@@ -69,40 +74,144 @@ AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to train.
+
+    Args:
+        llm: folder or hub id of any causal language model.
+        vision: folder or hub id of a CLIP, SigLIP or DINOv2 style encoder. Both None: the packaged SmolLM2-135M
+            and EfficientNet-Lite0.
+        vlm: folder or hub id of a whole vision-language model to go on with, instead of the two.
+        feature_layer: layer of the encoder whose features the projector gets; -2 is LLaVA-1.5's.
+        feature_select: ``"default"`` drops the first feature (CLS), ``"full"`` keeps all.
+        attention: implementation, ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``.
+    """
+
+    llm: str | None = None
+    vision: str | None = None
+    vlm: str | None = None
+    feature_layer: int = -2
+    feature_select: Literal["default", "full"] = "default"
+    attention: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        if self.vlm is not None and (self.llm or self.vision):
+            raise ValueError("source: give vlm, or llm and vision, not both.")
+        if (self.llm is None) != (self.vision is None):
+            raise ValueError(f"source: llm and vision go together, got llm={self.llm!r}, vision={self.vision!r}.")
+
+    @property
+    def packaged(self) -> bool:
+        """Whether the model is the packaged one."""
+        return self.llm is None and self.vlm is None
+
+
+def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedModel:
+    """The model of a source, float32, with an untrained projector unless it is a whole one."""
+    if source.packaged:
+        return build_packaged_llava()
+    if source.vlm is not None:
+        return AutoModelForImageTextToText.from_pretrained(
+            source.vlm, dtype=torch.float32, attn_implementation=source.attention
+        )
+    assert source.llm is not None
+    llm = AutoModelForCausalLM.from_pretrained(
+        source.llm, dtype=torch.float32, attn_implementation=source.attention
+    )
+    if len(processor.tokenizer) > llm.config.vocab_size:
+        llm.resize_token_embeddings(len(processor.tokenizer))
+    vision = _vision_encoder(source)
+    image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    return _join(llm, vision, image_token, source.feature_layer, source.feature_select)
+
+
+def build_processor(source: ModelSource) -> LlavaProcessor:
+    """Tokenizer and image processor of a source; the tokenizer gets an ``<image>`` token where it has none."""
+    if source.packaged:
+        return build_packaged_processor()
+    if source.vlm is not None:
+        return AutoProcessor.from_pretrained(source.vlm)
+    tokenizer = AutoTokenizer.from_pretrained(source.llm)
+    if "<image>" not in tokenizer.get_vocab():
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = _vision_config(source)
+    return LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(source.vision),
+        tokenizer=tokenizer,
+        patch_size=config.patch_size,
+        vision_feature_select_strategy=source.feature_select,
+        num_additional_image_tokens=int(source.feature_select == "default"),
+        image_token="<image>",
+    )
+
+
+def _vision_config(source: ModelSource) -> PreTrainedConfig:
+    """Of the encoder alone: a CLIP or SigLIP folder holds a text model too."""
+    assert source.vision is not None
+    config = AutoConfig.from_pretrained(source.vision)
+    return getattr(config, "vision_config", config)
+
+
+def _vision_encoder(source: ModelSource) -> PreTrainedModel:
+    config = _vision_config(source)
+    model_class: Any = MODEL_MAPPING[type(config)]
+    return model_class.from_pretrained(
+        source.vision, config=config, dtype=torch.float32, attn_implementation=source.attention
+    )
+
+
+def _join(
+    llm: PreTrainedModel,
+    vision: PreTrainedModel,
+    image_token: int,
+    feature_layer: int,
+    feature_select: Literal["default", "full"],
+) -> LlavaForConditionalGeneration:
+    """A LLaVA of the two, with LLaVA's own projector, untrained."""
+    side = vision.config.image_size // vision.config.patch_size
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision.config,
+            text_config=llm.config,
+            image_token_index=image_token,
+            vision_feature_layer=feature_layer,
+            vision_feature_select_strategy=feature_select,
+            image_seq_length=side**2,
+            tie_word_embeddings=llm.config.tie_word_embeddings,
+        )
+    )
+    model.model.language_model.load_state_dict(llm.base_model.state_dict())
+    model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict())
+    model.model.vision_tower.load_state_dict(vision.state_dict())
+    for part in model.model.multi_modal_projector.modules():
+        if isinstance(part, nn.Linear):
+            part.reset_parameters()
+    return model
+
+
 def build_packaged_llava() -> LlavaForConditionalGeneration:
     """SmolLM2-135M-Instruct and EfficientNet-Lite0, real weights, with an untrained LLaVA projector; float32.
 
     Raises:
         ImportError: if the packaged weights are not installed; it names the extra.
     """
-    llm = _packaged_llm()
-    vision = _packaged_vision()
-    config = LlavaConfig(
-        vision_config=vision.config,
-        text_config=llm.config,
-        image_token_index=_packaged_tokenizer().get_vocab()[_IMAGE_TOKEN],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        image_seq_length=(vision.config.image_size // vision.config.patch_size) ** 2,
-        tie_word_embeddings=True,
-    )
-    model = LlavaForConditionalGeneration(config)
-    model.model.language_model.load_state_dict(llm.model.state_dict())
-    model.model.vision_tower.load_state_dict(vision.state_dict())
+    image_token = _packaged_tokenizer().get_vocab()[_IMAGE_TOKEN]
+    model = _join(_packaged_llm(), _packaged_vision(), image_token, feature_layer=-1, feature_select="full")
     _start_silent(model.model.multi_modal_projector)
     return model
 
 
 def _start_silent(projector: nn.Module) -> None:
-    """PyTorch's initialisation, but for an output layer of zeros: images say nothing until trained to.
+    """An output layer of zeros: images say nothing until trained to.
 
     A random start is a lottery at this size: by the seed, vision tokens turn into massive activations or not.
     """
-    linear = [part for part in projector.modules() if isinstance(part, nn.Linear)]
-    for part in linear:
-        part.reset_parameters()
-    nn.init.zeros_(linear[-1].weight)
-    nn.init.zeros_(linear[-1].bias)
+    last = [part for part in projector.modules() if isinstance(part, nn.Linear)][-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
 
 
 def build_packaged_processor() -> LlavaProcessor:

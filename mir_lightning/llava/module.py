@@ -1,82 +1,204 @@
-"""The LightningModule of the recipe: a LLaVA whose projector, and perhaps LLM, learn from captions."""
+"""The LightningModule of the recipe: a vision-language model that learns from captions, stage by stage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, get_cosine_schedule_with_warmup
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
-from mir_lightning.llava.backbones import build_packaged_llava, build_packaged_processor
+from mir_lightning.llava.backbones import ModelSource, build_model, build_processor
+from mir_lightning.llava.schedule import (
+    Group,
+    Part,
+    Stage,
+    check_stages,
+    freeze_all_but,
+    optimizer_groups,
+    stage_table,
+)
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters in the LLM (peft).
+
+    Args:
+        r: rank.
+        alpha: scaling, divided by the rank.
+        dropout: of the adapters' inputs.
+        targets: last names of the linear layers to adapt.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LlavaPretraining(pl.LightningModule):
-    """Caption pre-training of SmolLM2-135M and EfficientNet-Lite0 joined by a Linear-GELU-Linear projector.
+    """Caption pre-training of a vision-language model.
 
-    The vision encoder stays frozen. AdamW without weight decay, linear warm-up, cosine decay
-    (LLaVA-1.5, section 4: warm-up ratio 0.03, weight decay 0).
+    AdamW, linear warm-up, cosine decay (LLaVA-1.5, section 4), one optimizer for the whole run: what trains in
+    several stages keeps its state, and what joins warms up.
 
     Args:
-        projector_lr: peak learning rate of the projector.
-        llm_lr: peak learning rate of the LLM; ``None`` keeps it frozen.
-        warmup_ratio: share of the steps in which the learning rate rises.
+        source: where the model comes from; the packaged SmolLM2-135M and EfficientNet-Lite0 by default.
+        stages: what trains when; the projector alone by default.
+        warmup_ratio: share of the steps in which the learning rate rises, at the start and where a part joins.
+        lora: adapters in the LLM, for stages that train ``lora``.
+        gradient_checkpointing: recompute the LLM's layers in the backward pass, for memory.
+        compile: run the model through ``torch.compile``.
+        betas: of AdamW.
     """
 
-    vlm: LlavaForConditionalGeneration
+    vlm: PreTrainedModel
 
     def __init__(
-        self, projector_lr: float = 2e-4, llm_lr: float | None = None, warmup_ratio: float = 0.03
+        self,
+        source: ModelSource | None = None,
+        stages: Sequence[Stage] = (Stage((Part("projector", 1e-3),)),),
+        warmup_ratio: float = 0.03,
+        lora: LoraOptions | None = None,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         super().__init__()
-        for name, value in (("projector_lr", projector_lr), ("llm_lr", llm_lr)):
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}.")
+        check_stages(stages)
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must lie in [0, 1), got {warmup_ratio}.")
-        self.projector_lr = projector_lr
-        self.llm_lr = llm_lr
+        self.source = source or ModelSource()
+        self.stages = stages
         self.warmup_ratio = warmup_ratio
-        self.processor: LlavaProcessor = build_packaged_processor()
+        self.lora = lora
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compiles = compile
+        self.betas = betas
+        self.processor = build_processor(self.source)
+        self._starts = [0]  # step at which each stage so far began
+        self._tokens = 0
+        self._tokens_of_step = 0
+        self._groups: list[Group] = []
 
     def configure_model(self) -> None:
-        """Build the model once, with its frozen parts in evaluation mode."""
+        """Build the model once, frozen but for the first stage."""
         if hasattr(self, "vlm"):
             return
-        self.vlm = build_packaged_llava()
-        self.vlm.requires_grad_(False)
-        self.vlm.eval()
-        for part, _ in self._trained_parts():
-            part.requires_grad_(True)
-            part.train()
+        self.vlm = build_model(self.source, self.processor)
+        if self.lora is not None:
+            self._add_adapters(self.lora)
+        if self.gradient_checkpointing:
+            self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compiles:
+            self.vlm.compile()
+        self._groups = optimizer_groups(self.vlm, self.stages)
+        freeze_all_but(self.vlm, self.stages[0])
 
-    def _trained_parts(self) -> list[tuple[nn.Module, float]]:
-        """Modules that learn, with their learning rates."""
-        parts: list[tuple[nn.Module, float]] = [(self.vlm.model.multi_modal_projector, self.projector_lr)]
-        if self.llm_lr is not None:
-            parts.append((self.vlm.model.language_model, self.llm_lr))
-        return parts
+    def _add_adapters(self, lora: LoraOptions) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
+        config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+        inject_adapter_in_model(config, self.vlm)
+
+    @property
+    def stage(self) -> int:
+        """Number of the stage in progress, from 0."""
+        return len(self._starts) - 1
+
+    def on_fit_start(self) -> None:
+        """After a resume, go to the stage that the checkpoint was in."""
+        self._enter_stage()
+
+    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Go to the next stage where the one in progress is over."""
+        stage = self.stages[self.stage]
+        begun = self.trainer.global_step - self._starts[-1]
+        over = (stage.steps is not None and begun >= stage.steps) or (
+            stage.tokens is not None and self._tokens >= stage.tokens
+        )
+        if over and begun > 0:
+            self._starts.append(self.trainer.global_step)
+            self._tokens = 0
+            self._enter_stage()
+            self._change_rates()
+
+    def _enter_stage(self) -> None:
+        stage = self.stages[self.stage]
+        freeze_all_but(self.vlm, stage)
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            self._rewrap(self.trainer.strategy)
+        rank_zero_info(
+            f"stage {self.stage + 1} of {len(self.stages)}, from step {self._starts[-1]}\n"
+            f"{stage_table(self.vlm, stage)}"
+        )
+
+    def _rewrap(self, strategy: DDPStrategy) -> None:
+        """DDP reduces the gradients of what could learn when it was made: make it again."""
+        if isinstance(strategy.model, torch.nn.parallel.DistributedDataParallel):
+            strategy.model = self
+            strategy.configure_ddp()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the caption tokens."""
-        loss = self.vlm(**_captions_only(batch), use_cache=False).loss
+        """Cross-entropy of the labelled tokens."""
+        loss = self.vlm(**_labelled_only(batch), use_cache=False).loss
         self.log("train/loss", loss, prog_bar=True)
+        self._tokens_of_step += int(batch["attention_mask"].sum())
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count the step's tokens, over all ranks, where a stage goes by them."""
+        if self.stages[self.stage].tokens is not None:
+            of_step = torch.tensor(self._tokens_of_step, device=self.device)
+            self._tokens += int(self.trainer.strategy.reduce(of_step, reduce_op="sum"))
+        self._tokens_of_step = 0
+
     def configure_optimizers(self) -> Any:
-        """AdamW, one group a trained part."""
-        groups = [{"params": list(part.parameters()), "lr": lr} for part, lr in self._trained_parts()]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = get_cosine_schedule_with_warmup(optimizer, round(self.warmup_ratio * steps), steps)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        """AdamW over all that ever learns; what is frozen has no gradient, and is passed over."""
+        groups = [
+            {"params": list(group.parameters), "lr": 1.0, "weight_decay": group.weight_decay(self.stage)}
+            for group in self._groups
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=self.betas)
+        rates: list[Callable[[int], float]] = [partial(self._rate, group) for group in self._groups]
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, rates), "interval": "step"}]
+
+    def _rate(self, group: Group, step: int) -> float:
+        total = int(self.trainer.estimated_stepping_batches)
+        return group.lr(step, self._starts, round(self.warmup_ratio * total), total)
+
+    def _change_rates(self) -> None:
+        """Rates and weight decay of the stage just entered; the scheduler set those of the one before."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        for group, state in zip(self._groups, optimizer.param_groups, strict=True):
+            state["lr"] = self._rate(group, self.trainer.global_step)
+            state["weight_decay"] = group.weight_decay(self.stage)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's config, so that a checkpoint can be read without this module."""
+        """Add the model's config, so that a checkpoint can be read without this module, and the stage."""
         checkpoint["vlm_config"] = self.vlm.config.to_dict()
+        checkpoint["stage_starts"] = self._starts
+        checkpoint["stage_tokens"] = self._tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Where in the schedule the run was."""
+        self._starts = list(checkpoint["stage_starts"])
+        self._tokens = checkpoint["stage_tokens"]
+        if len(self._starts) > len(self.stages):
+            raise ValueError(
+                f"stages: the checkpoint is in stage {len(self._starts)}, and the schedule has {len(self.stages)}."
+            )
 
     def save_pretrained(self, folder: Path) -> None:
         """Write model and processor in Hugging Face format."""
@@ -84,8 +206,8 @@ class LlavaPretraining(pl.LightningModule):
         self.processor.save_pretrained(folder)
 
 
-def _captions_only(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The batch, asking for logits only where labels are: everything before the first caption token costs none."""
+def _labelled_only(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The batch, asking for logits only where labels are: everything before the first of them costs none."""
     labels = batch["labels"]
     first = int((labels != -100).any(dim=0).nonzero()[0])
     start = max(first - 1, 0)  # the token before predicts the first one

@@ -20,6 +20,11 @@ from mir_lightning.probing.probe import Probe
 from mir_lightning.probing.run import Forward, HiddenStates, ProbeRun
 from mir_lightning.vlm import TextPositions, find_vlm
 
+
+class UncheckedMaskWarning(UserWarning):
+    """The self-check of the vision mask could not tell whether it is right."""
+
+
 _NOTHING_MOVED = (
     "the vision mask could not be checked: no input of the first decoder layer moves with the pixels. Either the "
     "projector is silent (its output layer still zeros), or the model does not see the images."
@@ -145,7 +150,7 @@ def evaluate_mir(
         run, mir = _run_in_memory(batches, new_run)
         breakdown, loss = run.metric.compute_breakdown(), run.loss()
     if check and not checked:
-        warnings.warn(_NOTHING_MOVED, stacklevel=2)
+        warnings.warn(UncheckedMaskWarning(_NOTHING_MOVED), stacklevel=2)
     stacked = {
         name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])
         for name in ("mean_gap", "cov_gap", "scale", "effective_rank", "total_variance", "outliers")

@@ -7,18 +7,14 @@ import pytest
 from PIL import Image
 
 from mir_lightning import cli
-from mir_lightning.llava.backbones import build_packaged_processor
 from tests.models import tiny_llava
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory):
+def shared(tmp_path_factory, tiny_processor):
     """Made once: nothing in it is changed by a test."""
     root = tmp_path_factory.mktemp("cli")
-    processor = build_packaged_processor()
-    processor.image_processor.size = {"height": 12, "width": 12}
-    processor.patch_size = 4
-    processor.num_additional_image_tokens = 1  # CLS
+    processor = tiny_processor
     vocabulary = len(processor.tokenizer)
     models = [tiny_llava(seed, vocab_size=vocabulary, image_token=processor.image_token_id) for seed in (0, 1)]
     for name, model in zip(("model", "other"), models, strict=True):
