@@ -427,7 +427,8 @@ def build_family(name: str, vocab_size: int = VOCABULARY, **config_changes: Any)
     """The tiny random model."""
     torch.manual_seed(0)
     arguments = {**FAMILIES[name].config, **config_changes}
-    arguments["text_config"] = {**arguments.get("text_config", {}), "vocab_size": vocab_size}
+    if "text_config" in arguments:
+        arguments["text_config"] = {**arguments["text_config"], "vocab_size": vocab_size}
     config = CONFIG_MAPPING[name](**arguments)
     model = AutoModelForImageTextToText.from_config(config).eval()
     for key, parameter in model.named_parameters():
