@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from mir_lightning import MIRCallback
 from mir_lightning.callbacks.reporting import curve_figure, picture_folder
 from mir_lightning.llava.console import MIRProgressBar, closing_report
-from mir_lightning.llava.data import ShapesDataModule
+from mir_lightning.llava.data import PretrainingData
 from mir_lightning.llava.module import LlavaPretraining
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     """Run the command line."""
     RecipeCLI(
         LlavaPretraining,
-        ShapesDataModule,
+        PretrainingData,
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},

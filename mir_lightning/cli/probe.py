@@ -13,6 +13,7 @@ from typing import Any, get_args
 from transformers import AutoConfig, PreTrainedConfig
 
 from mir_lightning.cli.models import base_of_adapter, load_processor
+from mir_lightning.llava.prompts import IMAGE
 from mir_lightning.llava.records import image_path, read_records
 from mir_lightning.probing.pairs import Pair, PairProbe, read_pairs, readable_pairs
 from mir_lightning.probing.probe import Probe
@@ -113,9 +114,16 @@ def _pairs_of_records(data: Path, folder: Path, options: argparse.Namespace) -> 
     if options.seed is not None:
         with_images = random.Random(options.seed).sample(with_images, options.num)
     return [
-        Pair(tuple(image_path(folder, image) for image in record.images), record.turns)
+        Pair(
+            tuple(image_path(folder, image) for image in record.images), tuple(map(_without_places, record.turns))
+        )
         for record in with_images[: options.num]
     ]
+
+
+def _without_places(turn: str) -> str:
+    """A turn whose pictures come before it."""
+    return turn.replace(IMAGE, "").strip()
 
 
 def make_probe(

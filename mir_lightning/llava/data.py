@@ -1,127 +1,213 @@
-"""Picture-caption batches for pre-training, and the held-out probe that goes with them."""
+"""The recipe's data: training batches that resume anywhere, and the held-out probe."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import LlavaProcessor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from mir_lightning.functional.checks import check_at_least_one
-from mir_lightning.llava.shapes import Split, draw_sample
+from mir_lightning.llava.collate import ConversationCollator
+from mir_lightning.llava.datasets import RecordsDataset, Replacing, ShapesDataset, TableDataset
+from mir_lightning.llava.images import UnreadableImageError
+from mir_lightning.llava.prompts import ChatPrompt, PlainPrompt
+from mir_lightning.llava.sampling import EpochBatches
+from mir_lightning.probing.pairs import Pair, PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
 
-# A system text comes first so that the attention sink, the first token, is not a vision token.
-_PROMPT = (
-    "<|im_start|>system\nYou describe pictures.<|im_end|>\n"
-    "<|im_start|>user\nPicture: {image}<|im_end|>\n<|im_start|>assistant\n"
-)
-_END = "<|im_end|>\n"
 
-
-class CaptionCollator:
-    """Turn ``(picture, caption)`` pairs into a batch for a LLaVA-style model.
-
-    The loss is on the caption and its end token only: ``labels`` are -100 elsewhere.
+class PretrainingData(pl.LightningDataModule):
+    """Training batches and the held-out probe: LLaVA-format files, a Hugging Face dataset, or drawn shapes.
 
     Args:
-        processor: tokenizer and image processor of the model, with an ``image_token``.
-    """
-
-    def __init__(self, processor: LlavaProcessor) -> None:
-        self.processor = processor
-        self.prompt = _PROMPT.format(image=processor.image_token)
-        after_image = _PROMPT.split("{image}")[1]
-        self._tokens_after_image = len(processor.tokenizer(after_image)["input_ids"])
-
-    def __call__(self, samples: Sequence[tuple[Image.Image, str]]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``labels`` ``[B, S]`` and ``pixel_values`` ``[B, 3, H, W]``."""
-        batch = self.processor(
-            images=[image for image, _ in samples],
-            text=[self.prompt + caption + _END for _, caption in samples],
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        )
-        answer = self._after_prompt(batch["input_ids"]) & batch["attention_mask"].bool()
-        return {**batch, "labels": batch["input_ids"].masked_fill(~answer, -100)}
-
-    def _after_prompt(self, input_ids: Tensor) -> Tensor:
-        """Boolean ``[B, S]``; the prompt ends in a newline, so no token spans its boundary to the caption."""
-        positions = torch.arange(input_ids.shape[1])
-        last_image = (positions * (input_ids == self.processor.image_token_id)).amax(dim=1, keepdim=True)
-        return positions > last_image + self._tokens_after_image
-
-
-class ShapesDataset(Dataset):
-    """``length`` drawn samples of a split; the same index is always the same sample."""
-
-    def __init__(self, split: Split, length: int, seed: int = 0) -> None:
-        self.split = split
-        self.length = length
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, str]:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        return draw_sample(self.split, index, self.seed)
-
-
-class ShapesDataModule(pl.LightningDataModule):
-    """Drawn shapes with captions; needs no files. The model's module gives the processor.
-
-    Args:
+        files: LLaVA-format ``.json`` or ``.jsonl`` files, several at once.
+        image_folder: folder that the paths in ``files`` start from.
+        dataset: folder of a Hugging Face dataset (``save_to_disk``) or of parquet files, pictures with captions.
+        image_column: of ``dataset``.
+        caption_column: of ``dataset``.
+        data_scale: number of training samples, drawn at random with ``seed``; all when None. Of drawn shapes, the
+            samples of an epoch.
         batch_size: samples a batch, on each device.
-        num_samples: training samples an epoch.
-        probe_size: held-out samples of the probe; their captions never appear in training.
-        seed: of the drawings.
-        num_workers: processes that draw; 0 draws in the training process.
+        global_batch_size: samples an optimizer step over all devices; gradients are accumulated to it.
+        prompt: ``"plain"`` (LLaVA's pre-training: picture, caption, line break) or ``"chat"`` (the tokenizer's
+            template).
+        system: system text of ``"chat"``.
+        max_length: tokens of a sample.
+        max_unreadable: share of the samples that may have pictures that cannot be read; beyond it the run stops.
+        group_by_length: put samples of like length into a batch, for less padding.
+        probe_images: folder of pictures for the probe, with ``probe_texts`` in the manner of the MIR paper.
+        probe_texts: folder of texts.
+        probe_size: samples of the probe; without ``probe_images`` they are held out of the training data.
+        seed: of every draw.
+        num_workers: processes that read and draw; 0 does it in the training process.
     """
 
     def __init__(
         self,
+        files: Sequence[Path] = (),
+        image_folder: Path | None = None,
+        dataset: Path | None = None,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        data_scale: int | None = None,
         batch_size: int = 16,
-        num_samples: int = 960,
+        global_batch_size: int | None = None,
+        prompt: Literal["plain", "chat"] = "plain",
+        system: str | None = None,
+        max_length: int = 2048,
+        max_unreadable: float = 0.01,
+        group_by_length: bool = True,
+        probe_images: Path | None = None,
+        probe_texts: Path | None = None,
         probe_size: int = 64,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_at_least_one(batch_size=batch_size, num_samples=num_samples, probe_size=probe_size)
+        check_at_least_one(batch_size=batch_size, probe_size=probe_size, max_length=max_length)
+        if data_scale is not None:
+            check_at_least_one(data_scale=data_scale)
+        if files and dataset is not None:
+            raise ValueError("data: give files or dataset, not both.")
+        if files and image_folder is None:
+            raise ValueError("data: files need an image_folder.")
+        if (probe_images is None) != (probe_texts is None):
+            raise ValueError("data: probe_images and probe_texts go together.")
+        if not 0 <= max_unreadable < 1:
+            raise ValueError(f"max_unreadable must lie in [0, 1), got {max_unreadable}.")
+        self.files = files
+        self.image_folder = image_folder
+        self.dataset = dataset
+        self.columns = (image_column, caption_column)
+        self.data_scale = data_scale
         self.batch_size = batch_size
-        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.prompt = prompt
+        self.system = system
+        self.max_length = max_length
+        self.max_unreadable = max_unreadable
+        self.group_by_length = group_by_length
+        self.probe_images = probe_images
+        self.probe_texts = probe_texts
         self.probe_size = probe_size
         self.seed = seed
         self.num_workers = num_workers
+        self.unreadable: list[str] = []
+        self._split: tuple[Dataset, Dataset] | None = None
+        self._epoch = self._done = 0
 
-    def train_dataloader(self) -> DataLoader:
-        """Batches of the training split."""
-        return self._loader("train", self.num_samples)
+    def split(self) -> tuple[Dataset, Dataset]:
+        """Training and held-out samples, drawn once."""
+        if self._split is None:
+            self._split = self._shapes() if not self.files and self.dataset is None else self._drawn(self._all())
+        return self._split
 
-    def probe(self) -> Probe:
-        """The held-out probe, with labels, for :class:`~mir_lightning.MIRCallback`."""
-        return Probe(self._loader("held_out", self.probe_size))
-
-    def _loader(self, split: Split, length: int) -> DataLoader:
-        workers: dict[str, Any] = {"num_workers": self.num_workers if split == "train" else 0}
-        return DataLoader(
-            ShapesDataset(split, length, self.seed),
-            batch_size=self.batch_size,
-            collate_fn=CaptionCollator(self._processor()),
-            **workers,
+    def _shapes(self) -> tuple[Dataset, Dataset]:
+        return (
+            ShapesDataset("train", self.data_scale or 960, self.seed),
+            ShapesDataset("held_out", self.probe_size, self.seed),
         )
 
-    def _processor(self) -> LlavaProcessor:
+    def _all(self) -> Dataset:
+        if self.dataset is not None:
+            return TableDataset(self.dataset, *self.columns)
+        assert self.image_folder is not None
+        return RecordsDataset(self.files, self.image_folder)
+
+    def _drawn(self, everything: Any) -> tuple[Dataset, Dataset]:
+        """A seeded draw: the probe first, so that it is the same at every ``data_scale``."""
+        order = list(range(len(everything)))
+        random.Random(self.seed).shuffle(order)
+        held_out = 0 if self.probe_images else self.probe_size
+        wanted = self.data_scale or len(order) - held_out
+        if wanted < 1 or held_out + wanted > len(order):
+            raise ValueError(
+                f"data_scale={self.data_scale} and a probe of {held_out} need more than the {len(order)} samples "
+                "given."
+            )
+        chosen = order[held_out : held_out + wanted]
+        return Subset(Replacing(everything), chosen), Subset(Replacing(everything), order[:held_out])
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of the training samples, from where an interrupted epoch stopped."""
+        trainer = self._trainer()
+        dataset = self.split()[0]
+        batches = EpochBatches(
+            self._lengths(dataset),
+            self.batch_size,
+            self.seed,
+            self._position,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self._collator(),
+            num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(self.seed),  # leaves the global random state alone
+        )
+
+    def _position(self) -> tuple[int, int]:
+        """Epoch, and its batches that are done."""
+        epoch = self._trainer().current_epoch
+        return epoch, self._done if epoch == self._epoch else 0
+
+    def _lengths(self, dataset: Any) -> list[int] | int:
+        """Of the records that were drawn; of other data, only their number is known beforehand."""
+        if self.group_by_length and self.files:
+            lengths = dataset.dataset.dataset.lengths()
+            return [lengths[i] for i in dataset.indices]
+        return len(dataset)
+
+    def probe(self) -> Probe:
+        """The held-out probe for :class:`~mir_lightning.MIRCallback`; with labels if it is held-out data."""
+        module: Any = self._trainer().lightning_module
+        if self.probe_images is not None and self.probe_texts is not None:
+            pairs: list[Pair] = read_pairs(self.probe_images, self.probe_texts, self.probe_size)
+            return PairProbe(module.processor, module.vlm.config, pairs, self.batch_size)
+        collate = self._collator()
+        held_out: Any = self.split()[1]
+        starts = range(0, len(held_out), self.batch_size)
+        chunks = [[held_out[i] for i in range(s, min(s + self.batch_size, len(held_out)))] for s in starts]
+        return Probe([{k: v for k, v in collate(chunk).items() if k != "unreadable"} for chunk in chunks])
+
+    def _collator(self) -> ConversationCollator:
+        processor: Any = self._trainer().lightning_module.processor
+        prompt = ChatPrompt(processor.tokenizer, self.system) if self.prompt == "chat" else PlainPrompt()
+        return ConversationCollator(processor, prompt, self.max_length)
+
+    def _trainer(self) -> pl.Trainer:
         if self.trainer is None:
-            raise RuntimeError("ShapesDataModule takes its processor from the module: attach it to a Trainer.")
-        module = self.trainer.lightning_module
-        assert isinstance(module.processor, LlavaProcessor)
-        return module.processor
+            raise RuntimeError("PretrainingData takes its processor from the module: attach it to a Trainer.")
+        return self.trainer
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the batches, and the pictures that were left out; stop the run beyond ``max_unreadable``."""
+        self._epoch, self._done = self._position()
+        self._done += 1
+        for line in batch.pop("unreadable", ()):
+            self.unreadable.append(line)
+            rank_zero_warn(f"left out: {line}")
+        allowed = self.max_unreadable * len(self.split()[0])  # type: ignore[arg-type]
+        if len(self.unreadable) > allowed:
+            raise UnreadableImageError(
+                f"{len(self.unreadable)} pictures cannot be read: more than max_unreadable={self.max_unreadable:g}"
+                f" of the samples; the last: {'; '.join(self.unreadable[-5:])}"
+            )
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the data the run is, and what was left out so far."""
+        return {"epoch": self._epoch, "done": self._done, "unreadable": self.unreadable}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._epoch, self._done = state_dict["epoch"], state_dict["done"]
+        self.unreadable = list(state_dict["unreadable"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_IMAGE_PLACEHOLDER = "<image>"
+from mir_lightning.llava.prompts import IMAGE
+
 _SPEAKERS = ("human", "gpt")
 
 
@@ -19,7 +21,7 @@ class Record:
     Attributes:
         name: its ``id``, or its place in the file.
         images: paths as the file gives them, relative to an image folder; empty for a text-only sample.
-        turns: what is said, the human first, then by turns; image placeholders are taken out.
+        turns: what is said, the human first, then by turns, with ``<image>`` where a picture stands.
     """
 
     name: str
@@ -78,16 +80,14 @@ def _record(path: Path, index: int, raw: Any) -> Record:
         if not isinstance(turn, dict) or turn.get("from") != expected or not isinstance(turn.get("value"), str):
             raise fail(f'turn {place} must be {{"from": "{expected}", "value": text}}, it is {turn!r}.')
     values = [turn["value"] for turn in turns]
-    placeholders = sum(value.count(_IMAGE_PLACEHOLDER) for value in values)
+    placeholders = sum(value.count(IMAGE) for value in values)
     if placeholders > len(images):
-        raise fail(f"{placeholders} {_IMAGE_PLACEHOLDER} placeholders for {len(images)} images.")
-    plain = tuple(value.replace(_IMAGE_PLACEHOLDER, "").strip() for value in values)
-    return Record(str(raw.get("id", index)), tuple(images), plain)
+        raise fail(f"{placeholders} {IMAGE} placeholders for {len(images)} images.")
+    return Record(str(raw.get("id", index)), tuple(images), tuple(value.strip() for value in values))
 
 
 def image_path(folder: Path, image: str) -> Path:
     """Where an image of a record lies; a ``ValueError`` if that is outside ``folder``."""
-    path = (folder / image).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    if Path(image).is_absolute() or os.path.normpath(image).startswith(".."):
         raise ValueError(f"image {image!r} lies outside the image folder {folder}.")
-    return path
+    return folder / image

@@ -7,8 +7,15 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mir_lightning.llava import backbones
-from mir_lightning.llava.data import CaptionCollator
-from mir_lightning.llava.shapes import draw_sample
+from mir_lightning.llava.collate import ConversationCollator
+from mir_lightning.llava.datasets import ShapesDataset
+from mir_lightning.llava.prompts import PlainPrompt
+
+
+def _batch(processor, indices):
+    """Drawn shapes, without the list that is no tensor."""
+    made = ConversationCollator(processor, PlainPrompt())([ShapesDataset("train", 9)[i] for i in indices])
+    return {key: value for key, value in made.items() if key != "unreadable"}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +31,7 @@ def test_the_packaged_llm_knows_the_capital_of_france(model):
 
 
 def test_the_packaged_vision_encoder_tells_pictures_apart(model):
-    pixels = CaptionCollator(backbones.build_packaged_processor())([draw_sample("train", i) for i in range(3)])
+    pixels = _batch(backbones.build_packaged_processor(), range(3))
     with torch.no_grad():
         features = model.model.vision_tower(pixels["pixel_values"]).last_hidden_state
     assert features.shape == (3, 49, 1280)
@@ -35,14 +42,14 @@ def test_save_and_load_give_bit_equal_logits_in_a_new_process(model, tmp_path):
     """With nothing imported but the package: `import mir_lightning.llava.backbones` registers the encoder."""
     processor = backbones.build_packaged_processor()
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=0.02)
-    batch = CaptionCollator(processor)([draw_sample("train", 1)])
+    batch = _batch(processor, [1])
     with torch.no_grad():
         expected = model(**batch).logits
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert "site-packages" not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    again = CaptionCollator(AutoProcessor.from_pretrained(tmp_path))([draw_sample("train", 1)])
+    again = _batch(AutoProcessor.from_pretrained(tmp_path), [1])
     assert all(torch.equal(again[k], batch[k]) for k in batch)
     with torch.no_grad():
         assert torch.equal(loaded(**again).logits, expected)

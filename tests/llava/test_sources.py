@@ -56,7 +56,9 @@ def test_an_llm_and_an_encoder_become_a_llava(parts, llm, vision, select):
     source = ModelSource(llm=str(parts / llm), vision=str(parts / vision), feature_select=select)
     processor = build_processor(source)
     model = build_model(source, processor).eval()
-    inputs = processor(images=[Image.new("RGB", (20, 30), "red")], text=["<image>hello there, friend"], return_tensors="pt")
+    inputs = processor(
+        images=[Image.new("RGB", (20, 30), "red")], text=["<image>hello there, friend"], return_tensors="pt"
+    )
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
     language_model = (LlamaForCausalLM if llm == "llama" else Qwen2ForCausalLM).from_pretrained(parts / llm)
     text = {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": torch.ones(1, 2, dtype=torch.long)}
