@@ -2,37 +2,81 @@
 
     python recipes/llava_pretrain.py fit --config recipes/configs/demo.yaml [--config more.yaml] [--key value]
 
-Every option: ``fit --help``; the configuration a command would run: add ``--print_config``.
+Every option: ``fit --help``; the configuration a command would run: add ``--print_config``. The same command goes
+on where an interrupted run stopped.
 """
 
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mir_lightning import MIRCallback
 from mir_lightning.callbacks.reporting import curve_figure, picture_folder
 from mir_lightning.llava.console import MIRProgressBar, closing_report
 from mir_lightning.llava.data import PretrainingData
+from mir_lightning.llava.export import ExportingCheckpoint, export
 from mir_lightning.llava.module import LlavaPretraining
+from mir_lightning.llava.restart import (
+    LAST,
+    AtomicCheckpointIO,
+    Preemption,
+    RandomStates,
+    checkpoint_folder,
+    interrupted_run,
+    mark_finished,
+)
 
 
 class RecipeCLI(LightningCLI):
     """A Trainer, the model, its data, and MIR on a held-out probe of that data."""
 
+    preemption = Preemption()
+
+    def before_instantiate_classes(self) -> None:
+        """No bar where the Trainer is told to show none."""
+        if self.config[self.subcommand].trainer.enable_progress_bar is False:
+            self._parser(self.subcommand).callback_keys.remove("progress")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer whose runs can be killed and started again."""
+        callbacks = self._get(self.config_init, "trainer").callbacks or []
+        trainer = super().instantiate_trainer(callbacks=[*callbacks, RandomStates(), self.preemption], **kwargs)
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """MIR's options under ``--mir``, its probe from the data, the progress bar under ``--progress``."""
+        """``--mir``, its probe from the data; ``--checkpoint`` keeps the best by MIR, ``--restart`` the last."""
         parser.add_lightning_class_args(MIRCallback, "mir")
         parser.link_arguments("data", "mir.probe", compute_fn=lambda data: data.probe, apply_on="instantiate")
         parser.add_lightning_class_args(MIRProgressBar, "progress")
+        parser.add_lightning_class_args(ExportingCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ModelCheckpoint, "restart")
+        for name in ("checkpoint", "restart"):
+            parser.link_arguments("trainer.default_root_dir", f"{name}.dirpath", compute_fn=checkpoint_folder)
+        parser.link_arguments("mir.every_n_steps", "checkpoint.every_n_train_steps", compute_fn=lambda n: n or 1)
+        best = {"monitor": "mir", "mode": "min", "filename": "{step}-{mir:.3f}"}
+        last = {"filename": LAST, "enable_version_counter": False, "every_n_train_steps": 100}
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
+        parser.set_defaults({f"restart.{key}": value for key, value in last.items()})
+
+    def before_fit(self) -> None:
+        """Divide the global batch, and find the checkpoint of an interrupted run."""
+        self.datamodule.accumulate(self.trainer)
+        options = self.config_init[self.subcommand]
+        options.ckpt_path = options.ckpt_path or interrupted_run(self.trainer)
 
     def after_fit(self) -> None:
         """Save the model, draw the curves, and say where everything is."""
         trainer = self.trainer
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or self.preemption.stopped:
             return
+        mark_finished(trainer)
         callback: MIRCallback = self._get(self.config_init, "mir")
         root = Path(trainer.default_root_dir)
-        self.model.save_pretrained(root / "model")
+        export(self.model.vlm, self.model.processor, root / "model")
         folder = picture_folder(trainer, callback.name)
         curves = folder / "curves.png"
         if callback.history:
@@ -48,6 +92,7 @@ def main() -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
+        trainer_defaults={"use_distributed_sampler": False},
     )
 
 

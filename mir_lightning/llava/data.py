@@ -154,6 +154,22 @@ class PretrainingData(pl.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),  # leaves the global random state alone
         )
 
+    def accumulate(self, trainer: pl.Trainer) -> None:
+        """Set the Trainer's gradient accumulation from ``global_batch_size``.
+
+        Raises:
+            ValueError: if ``global_batch_size`` is no multiple of what the devices take at once.
+        """
+        if self.global_batch_size is None:
+            return
+        at_once = self.batch_size * trainer.world_size
+        if self.global_batch_size % at_once:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} is no multiple of batch_size={self.batch_size} times "
+                f"{trainer.world_size} devices."
+            )
+        trainer.accumulate_grad_batches = self.global_batch_size // at_once
+
     def _position(self) -> tuple[int, int]:
         """Epoch, and its batches that are done."""
         epoch = self._trainer().current_epoch

@@ -150,9 +150,12 @@ class LlavaPretraining(pl.LightningModule):
             strategy.configure_ddp()
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the labelled tokens."""
+        """Cross-entropy of the labelled tokens; over the ranks together, each token weighs the same."""
         loss = self.vlm(**_labelled_only(batch), use_cache=False).loss
-        self.log("train/loss", loss, prog_bar=True)
+        if self.trainer.world_size > 1:
+            labelled = (batch["labels"][:, 1:] != -100).sum().float()
+            loss = loss * labelled / self.trainer.strategy.reduce(labelled.clone(), reduce_op="mean")
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self._tokens_of_step += int(batch["attention_mask"].sum())
         return loss
 

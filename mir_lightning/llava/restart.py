@@ -1,0 +1,154 @@
+"""A run that can be killed at any time and started again with the same command."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+
+from mir_lightning.callbacks.mir import MIRCallback
+
+LAST = "last"  # name of the checkpoint that a run goes on from
+_FINISHED = "finished"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def checkpoint_folder(root: str | Path | None) -> str:
+    """Where a run with this ``default_root_dir`` keeps its checkpoints."""
+    return str(Path(root or ".") / "checkpoints")
+
+
+def interrupted_run(trainer: pl.Trainer) -> str | None:
+    """The last checkpoint of the run's folder, unless that run came to its end: then it begins anew."""
+    folder = Path(checkpoint_folder(trainer.default_root_dir))
+    last = folder / f"{LAST}.ckpt"
+    if not last.is_file():
+        return None
+    if (folder / _FINISHED).exists():
+        rank_zero_info(f"the run in {folder} came to its end and begins anew; --ckpt_path={last} goes on from it")
+        return None
+    rank_zero_info(f"going on from {last}")
+    return str(last)
+
+
+def mark_finished(trainer: pl.Trainer) -> None:
+    """The run came to its end: the same command begins anew."""
+    folder = Path(checkpoint_folder(trainer.default_root_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _FINISHED).touch()
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint is whole or it is not there: written beside its place, then moved into it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write and move."""
+        place = Path(path)
+        beside = place.with_name(f".{place.name}.part")
+        super().save_checkpoint(checkpoint, beside, storage_options)
+        beside.replace(place)
+
+
+class RandomStates(pl.Callback):
+    """Random states of every rank in the checkpoints: dropout goes on as it would have."""
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the states, one entry a rank."""
+        states: list[Any] = [_random_states()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            dist.all_gather_object(states, _random_states())
+        checkpoint["random_states"] = states
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep those of this rank until training starts; none where the ranks were fewer."""
+        states = checkpoint.get("random_states", [])
+        self._restored = states[trainer.global_rank] if trainer.global_rank < len(states) else None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before the first batch, when all that draws random numbers to get ready has done so."""
+        if self._restored is not None:
+            _restore_random_states(self._restored)
+            self._restored = None
+
+
+def _random_states() -> dict[str, Any]:
+    """Plain numbers and tensors, loadable with ``weights_only``."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class Preemption(pl.Callback):
+    """SIGTERM and SIGUSR1, as a cluster sends them: save after the step in progress, and stop cleanly.
+
+    Attributes:
+        stopped: whether a signal ended the run.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals; Lightning's own answer to SIGTERM saves nothing."""
+        (Path(checkpoint_folder(trainer.default_root_dir)) / _FINISHED).unlink(missing_ok=True)
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self._received = signal.Signals(number).name
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Between optimizer steps, when any rank has got a signal."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False) and not self.stopped:
+            self.stopped = trainer.should_stop = True
+            place = Path(checkpoint_folder(trainer.default_root_dir)) / f"{LAST}.ckpt"
+            trainer.save_checkpoint(place)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, MIRCallback):
+                    callback.at_end = False  # this is no end
+            rank_zero_info(
+                f"stopped by {self._received or 'a signal to another rank'} at step {trainer.global_step}; saved "
+                f"{place}. The same command goes on from there."
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
