@@ -101,6 +101,7 @@ class PretrainingData(pl.LightningDataModule):
         self.unreadable: list[str] = []
         self._split: tuple[Dataset, Dataset] | None = None
         self._epoch = self._done = 0
+        self._batches_an_epoch = 1
 
     def split(self) -> tuple[Dataset, Dataset]:
         """Training and held-out samples, drawn once."""
@@ -146,6 +147,7 @@ class PretrainingData(pl.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
         )
+        self._batches_an_epoch = len(batches)
         return DataLoader(
             dataset,
             batch_sampler=batches,
@@ -171,9 +173,13 @@ class PretrainingData(pl.LightningDataModule):
         trainer.accumulate_grad_batches = self.global_batch_size // at_once
 
     def _position(self) -> tuple[int, int]:
-        """Epoch, and its batches that are done."""
-        epoch = self._trainer().current_epoch
-        return epoch, self._done if epoch == self._epoch else 0
+        """Epoch, and its batches that are done; where all are, the next epoch.
+
+        Counted here, because the Trainer's own count is not restored yet when workers ask for their first batches.
+        """
+        if self._done >= self._batches_an_epoch:
+            self._epoch, self._done = self._epoch + 1, 0
+        return self._epoch, self._done
 
     def _lengths(self, dataset: Any) -> list[int] | int:
         """Of the records that were drawn; of other data, only their number is known beforehand."""
@@ -206,7 +212,6 @@ class PretrainingData(pl.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count the batches, and the pictures that were left out; stop the run beyond ``max_unreadable``."""
-        self._epoch, self._done = self._position()
         self._done += 1
         for line in batch.pop("unreadable", ()):
             self.unreadable.append(line)
