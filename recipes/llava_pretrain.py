@@ -84,11 +84,12 @@ class RecipeCLI(LightningCLI):
         print(closing_report(trainer, callback, [curves] if callback.history else [], root / "model"))
 
 
-def main() -> None:
+def main(args: list[str] | None = None) -> None:
     """Run the command line."""
     RecipeCLI(
         LlavaPretraining,
         PretrainingData,
+        args=args,
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},

@@ -54,7 +54,7 @@ def test_print_config_of_several_files_is_the_run_that_would_start():
     assert run.returncode == 0, run.stderr
     config = yaml.safe_load(run.stdout)
     assert config["trainer"]["max_steps"] == 4
-    assert config["model"]["llm_lr"] == 5e-5
+    assert [part["lr"] for part in config["model"]["stages"][0]["train"]] == [5e-4, 5e-5]
     assert "probe" not in config["mir"]
 
 
@@ -64,7 +64,7 @@ def test_help_tells_what_the_options_do():
     for text in (
         "--mir.every_n_steps",
         "optimizer steps between evaluations",
-        "peak learning rate of the projector",
+        "what trains when",
     ):
         assert text in run.stdout
 
