@@ -6,7 +6,7 @@ import argparse
 import sys
 import traceback
 
-from mir_lightning.cli import compare, evaluate, probe
+from mir_lightning.cli import compare, evaluate, probe, report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (evaluate, compare, probe):
+    for command in (evaluate, compare, probe, report):
         command.add_parser(commands, [shared])
     return parser
 

@@ -1,0 +1,105 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from mir_lightning import cli
+from mir_lightning.report import Run, correlations, read_run, report_figure
+
+
+def _write_run(folder, mir, scores=(0.2, 0.5), extra=()):
+    folder.mkdir(parents=True)
+    names = [
+        "step",
+        "mir",
+        "train/loss",
+        "sds/perception",
+        "sds/reasoning",
+        "sds_chance",
+        "mir_probe/perplexity",
+        *extra,
+    ]
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for step, value in enumerate(mir):
+            writer.writerow({"step": step, "train/loss": 3 - step})
+            sds = {"sds/perception": scores[0], "sds/reasoning": scores[1], "sds_chance": 0.25}
+            writer.writerow(
+                {"step": step, "mir": value, "mir_probe/perplexity": 9.0, **sds, **dict.fromkeys(extra, 1)}
+            )
+    return folder
+
+
+def test_curves_of_csv_and_of_a_trainer_state(tmp_path):
+    run = read_run(_write_run(tmp_path / "a" / "csv" / "version_0", [1.5, 1.25]).parents[1])
+    assert run.name == "a"
+    assert run.curves["mir"] == [(0, 1.5), (1, 1.25)]
+    assert run.curves["train/loss"] == [(0, 3.0), (1, 2.0)]
+    state = {"log_history": [{"step": 0, "mir": 2.0, "epoch": 0.0}, {"step": 5, "loss": 1.0, "note": "x"}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    run = read_run(tmp_path / "trainer_state.json")
+    assert run.curves == {"mir": [(0, 2.0)], "loss": [(5, 1.0)]}
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"is no run: there is no metrics\.csv"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.csv").write_text("step,mir\n")
+    with pytest.raises(ValueError, match="holds no curve"):
+        read_run(tmp_path)
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is no trainer_state\.json"):
+        read_run(tmp_path / "x.json")
+
+
+def test_panels_of_what_there_is(tmp_path):
+    figure = report_figure([read_run(_write_run(tmp_path / "a", [1.5, 1.25]))])
+    titles = [axes.get_title() for axes in figure.axes if axes.axison]
+    assert titles == ["Modality Integration Rate", "Soft Discrimination Score", "Loss", "Held-out perplexity"]
+    labels = figure.axes[1].get_legend_handles_labels()[1]
+    assert labels == ["sds/perception", "sds/reasoning", "chance"]
+    assert list(figure.axes[0].lines[0].get_ydata()) == [1.5, 1.25]
+
+
+def test_rank_correlations_against_scipy():
+    rng = np.random.default_rng(0)
+    mir, loss = rng.normal(size=(2, 9)).round(1)
+    score = {f"r{i}": float(-mir[i] + 0.3 * loss[i]) for i in range(9)}
+    runs = [Run(f"r{i}", {"mir": [(0, 9.0), (1, mir[i])], "train/loss": [(1, loss[i])]}) for i in range(9)]
+    rows = {row.metric: row for row in correlations(runs, score)}
+    for name, values in (("mir", mir), ("train/loss", loss)):
+        expected = scipy.stats.spearmanr(values, list(score.values())).statistic
+        assert rows[name].rho == pytest.approx(expected, abs=1e-6)
+        resamples = rng.integers(9, size=(4000, 9))
+        found = [
+            scipy.stats.spearmanr(values[r], np.array(list(score.values()))[r]).statistic for r in resamples[:800]
+        ]
+        low, high = np.nanquantile(found, [0.025, 0.975])
+        assert rows[name].low == pytest.approx(low, abs=0.12)
+        assert rows[name].high == pytest.approx(high, abs=0.12)
+    with pytest.raises(ValueError, match="need three runs with a score, got 2 of 9"):
+        correlations(runs, {"r0": 1, "r1": 2})
+    with pytest.raises(ValueError, match="two runs have one name"):
+        correlations([runs[0], runs[0], runs[1]], score)
+
+
+def test_the_page_opens_offline_and_tells_what_the_runs_logged(tmp_path, capsys):
+    folders = [_write_run(tmp_path / f"run{i}", [1.5, 1.5 - i / 10], (0.3 + i / 10, 0.5)) for i in range(4)]
+    (tmp_path / "scores.json").write_text(json.dumps({f"run{i}": 10 + i for i in range(4)}))
+    arguments = ["report", *map(str, folders), "--score", str(tmp_path / "scores.json")]
+    arguments += ["--html", str(tmp_path / "page.html"), "--plot", str(tmp_path / "page.png")]
+    assert cli.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "run3: mir 1.2" in output
+    assert "-1.00" in next(line for line in output.splitlines() if line.startswith("mir "))
+    page = (tmp_path / "page.html").read_text()
+    assert "<svg" in page
+    assert "http-equiv" not in page
+    assert "src=" not in page
+    assert "<td>mir</td><td>-1.00</td>" in page
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+    assert cli.main(["report", str(folders[0]), "--score", "nothing"]) == 1
+    assert "no run has logged 'nothing'" in capsys.readouterr().err
