@@ -155,6 +155,7 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
                 )
     _draw_chance(axes, title, runs)
     axes.set(title=title, xlabel="optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=7)

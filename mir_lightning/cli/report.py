@@ -35,6 +35,7 @@ def _run(options: argparse.Namespace) -> None:
     runs = [read_run(path) for path in options.runs]
     figure = report_figure(runs)
     rows = correlations(runs, _scores(options.score, runs)) if options.score else []
+    rows = [row for row in rows if row.metric != options.score]
     for run in runs:
         values = ", ".join(
             f"{n} {run.curves[n][-1][1]:.4g}" for n in ("mir", "sds", "train/loss") if n in run.curves
