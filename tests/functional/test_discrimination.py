@@ -29,7 +29,9 @@ def _ragged(dtype=torch.float32, items=50, scale=3.0, offset=0.0):
 def test_equals_the_definition(dtype, scale, offset, device):
     scores = [s.to(device) for s in _ragged(dtype, scale=scale, offset=offset)]
     probabilities, right = _oracle(scores)
-    np.testing.assert_allclose(soft_discrimination_score(scores, "none").cpu(), probabilities, rtol=1e-12, atol=1e-300)
+    np.testing.assert_allclose(
+        soft_discrimination_score(scores, "none").cpu(), probabilities, rtol=1e-12, atol=1e-300
+    )
     assert soft_discrimination_score(scores).item() == pytest.approx(probabilities.mean(), rel=1e-12)
     assert soft_discrimination_score(scores).dtype == torch.float64
     np.testing.assert_allclose(right_shares(scores).cpu(), right, rtol=1e-15)
@@ -55,7 +57,11 @@ def test_a_matrix_is_items_of_equal_size_and_gradients_reach_the_scores():
     [
         ([], ValueError, "scores is empty"),
         (torch.zeros(3), ValueError, r"one tensor \[candidates\] an item, got one tensor \[3\]"),
-        ([torch.zeros(2), torch.zeros(1)], ValueError, r"item 1 must be \[candidates\] with at least 2 .*got \[1\]"),
+        (
+            [torch.zeros(2), torch.zeros(1)],
+            ValueError,
+            r"item 1 must be \[candidates\] with at least 2 .*got \[1\]",
+        ),
         ([torch.zeros(2, 2)], ValueError, r"item 0 must be \[candidates\].*got \[2, 2\]"),
         ([torch.zeros(2), torch.tensor([1.0, torch.nan])], ValueError, "item 1 hold NaN or inf"),
         ([torch.zeros(2).int()], TypeError, "item 0 must be a floating point tensor .*got torch.int32"),
