@@ -1,6 +1,18 @@
 """Run a fixed probe through a live model."""
 
+from mir_lightning.probing.choice_items import ChoiceItem, load_choice_items
+from mir_lightning.probing.choice_probe import ChoiceProbe
+from mir_lightning.probing.choices import ChoiceResult, evaluate_choices
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
 from mir_lightning.probing.probe import Probe
 
-__all__ = ["MIRResult", "Probe", "evaluate_mir"]
+__all__ = [
+    "ChoiceItem",
+    "ChoiceProbe",
+    "ChoiceResult",
+    "MIRResult",
+    "Probe",
+    "evaluate_choices",
+    "evaluate_mir",
+    "load_choice_items",
+]
