@@ -42,6 +42,7 @@ class CandidateScorer:
         self.dtype = parameter.dtype
         self.pad = probe.processor.tokenizer.pad_token_id
         self.accepted = inspect.signature(model.forward).parameters
+        self.keeps_deltas = any(hasattr(module, "rope_deltas") for module in model.modules())
         self._logits_dtype = torch.float32
 
     def shared(self, items: Sequence[ChoiceItem]) -> list[Tensor]:
@@ -72,7 +73,7 @@ class CandidateScorer:
                 attention_mask=torch.cat([prefix, valid], dim=1),
                 past_key_values=cache,
                 use_cache=True,
-                **_next_positions(seen, owner, tails.shape[1]),
+                **self._next_positions(seen, owner, width, tails.shape[1]),
             )
             logits = torch.cat([logits, output.logits], dim=1)
         starts = [row.start - lengths[i] for i, row in zip(owner, rows, strict=True)]
@@ -127,6 +128,24 @@ class CandidateScorer:
         )
         cut["attention_mask"] = _pad([[1] * length for length in lengths], "left")
         return {**encoded.inputs, **cut}
+
+    def _next_positions(
+        self, seen: Sequence[Tensor], owner: Sequence[int], width: int, count: int
+    ) -> dict[str, Tensor]:
+        """Position ids of ``count`` tokens after prompts whose own were ``seen``, ``[B, S]`` or ``[D, B, S]``.
+
+        M-RoPE models are given positions in D dimensions, and text goes on after the largest of them. Without
+        images they count columns, but go on from the offset kept since some batch with images: so they are told.
+        Other models that are given none count on from their cache.
+        """
+        if not seen:
+            columns = torch.arange(width, width + count).expand(len(owner), -1)
+            return {"position_ids": columns} if self.keeps_deltas else {}
+        positions = seen[-1] if seen[-1].ndim == 3 else seen[-1][None]
+        largest = positions.amax(dim=(0, 2))  # [B], or [1] for all
+        rows = largest[owner] if len(largest) > 1 else largest.expand(len(owner))
+        following = rows[:, None] + 1 + torch.arange(count, device=rows.device)
+        return {"position_ids": following.expand(len(seen[-1]), -1, -1) if seen[-1].ndim == 3 else following}
 
     def _last_logits(self, count: int) -> dict[str, int]:
         return {"logits_to_keep": count} if "logits_to_keep" in self.accepted else {}
@@ -187,20 +206,3 @@ def _decoder_positions(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
-
-
-def _next_positions(seen: Sequence[Tensor], owner: Sequence[int], count: int) -> dict[str, Tensor]:
-    """Position ids of the ``count`` tokens after prompts whose own were ``seen``, ``[B, S]`` or ``[D, B, S]``.
-
-    Where a model numbers positions by itself it counts on from its cache. M-RoPE models are given a position in
-    D dimensions, and text goes on after the largest of them.
-    """
-    if not seen:
-        return {}
-    positions = seen[-1] if seen[-1].ndim == 3 else seen[-1][None]
-    largest = positions.amax(dim=(0, 2))  # [B], or [1] for all
-    rows = largest[owner] if len(largest) > 1 else largest.expand(len(owner))
-    following = rows[:, None] + 1 + torch.arange(count, device=rows.device)
-    if seen[-1].ndim == 3:
-        following = following.expand(len(seen[-1]), -1, -1)
-    return {"position_ids": following}
