@@ -7,8 +7,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 _TEXT = """What colour is the star? Answer: red green blue yellow purple black. The star is red. The cross is
-green. How many circles are there? one two three four. Question: Short answer: Is the square small or large? Is it to the
-left of, to the right of, above or below the triangle? A photo of two small red circles. Picture: describe."""
+green. How many circles are there? one two three four. Question: Short answer: Is the square small or large?
+Is it to the left of, to the right of, above or below the triangle? A photo of two small red circles. Picture:"""
 
 
 @cache

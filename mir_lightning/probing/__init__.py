@@ -4,6 +4,7 @@ from mir_lightning.probing.choice_items import ChoiceItem, load_choice_items
 from mir_lightning.probing.choice_probe import ChoiceProbe
 from mir_lightning.probing.choices import ChoiceResult, evaluate_choices
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
+from mir_lightning.probing.m3_bench import load_m3_bench
 from mir_lightning.probing.probe import Probe
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "evaluate_choices",
     "evaluate_mir",
     "load_choice_items",
+    "load_m3_bench",
 ]

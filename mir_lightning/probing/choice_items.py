@@ -96,6 +96,8 @@ def _problems(item: ChoiceItem) -> Iterator[str]:
     marks = item.prompt.count(IMAGE)
     if marks not in (0, len(item.images)):
         yield f"{marks} {IMAGE} in its prompt and {len(item.images)} images"
+    if not item.images and not item.prompt.strip():
+        yield "neither question nor image"
     if not item.distractors:
         yield "no distractor"
     texts = [candidate.strip() for candidate in item.candidates]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -167,10 +167,11 @@ class _Run:
 
 
 def _check_items(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:
-    """The item with the longest candidate, and the shortest prompt beside it, so that padding is seen too."""
+    """The longest candidate of all, and one with the shortest prompt beside it, so that padding is seen too."""
     longest = max(items, key=lambda item: max(map(len, item.candidates)))
     like = [item for item in items if len(item.images) == len(longest.images) and item is not longest]
-    return [longest, *sorted(like, key=lambda item: len(item.prompt))[:1]]
+    chosen = [longest, *sorted(like, key=lambda item: len(item.prompt))[:1]]
+    return [replace(item, answer=max(item.candidates, key=len), distractors=()) for item in chosen]
 
 
 def _batches(items: Sequence[ChoiceItem], batch_size: int) -> list[list[int]]:

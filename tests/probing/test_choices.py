@@ -119,15 +119,15 @@ def test_images_run_once_an_item_and_one_token_candidates_need_no_second_forward
     probe = ChoiceProbe(items, processor)
     vision, whole = Count(model.model.vision_tower), Count(model)
     evaluate_choices(model, probe, batch_size=6)
-    checked = 2 + 2 * 3  # two items, shared and whole
+    checked = 2 + 2  # two items of one candidate, shared and whole
     assert sum(vision.rows) == checked + 6
-    assert whole.rows == [2, 6, 2, 2, 2]
+    assert whole.rows == [2, 2, 2, 2, 2]
     longer = ChoiceProbe(
         [*items, item("x", "<image>The star is", "red", "light green", images=[picture(9)])], processor
     )
     whole.rows.clear()
     evaluate_choices(model, longer, batch_size=100)
-    assert whole.rows == [2, 5, 5, 7, 20]
+    assert whole.rows == [2, 2, 2, 7, 20]  # now the check and the items have tokens to continue with
 
 
 def _hybrid(monkeypatch):
