@@ -1,5 +1,6 @@
 """Doors into training loops."""
 
+from mir_lightning.callbacks.discrimination import SDSCallback
 from mir_lightning.callbacks.mir import MIRCallback
 
-__all__ = ["MIRCallback"]
+__all__ = ["MIRCallback", "SDSCallback"]

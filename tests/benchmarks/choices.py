@@ -15,7 +15,6 @@ import torch
 from mir_lightning.llava.backbones import build_packaged_processor
 from mir_lightning.llava.shapes import draw_sample
 from mir_lightning.probing import ChoiceItem, ChoiceProbe, evaluate_choices
-from mir_lightning.probing.candidate_scores import CandidateScorer
 from tests.benchmarks.evaluation import build_model
 
 
@@ -42,50 +41,45 @@ def main():
     options = parser.parse_args()
     model = build_model()
     probe = ChoiceProbe(build_items(options.items, options.pictures), build_packaged_processor())
-    scorer = CandidateScorer(model, probe, "logit", None, False)
-    singles = [_candidate_inputs(probe, item) for item in probe.items]
+    singles = [_single_forwards(probe, item) for item in probe.items]
 
     @torch.no_grad()
-    def one_at_a_time(lean):
+    def one_at_a_time(**lean):
         """What the released script runs: image, question and one candidate, for each candidate."""
-        keep = {"use_cache": False, "logits_to_keep": 32} if lean else {}
-        for candidates in singles:
-            for inputs in candidates:
-                model(**inputs, **keep)
+        scores = []
+        for ids, starts, pixels in singles:
+            for row, start in zip(ids, starts, strict=True):
+                logits = model(input_ids=row, **pixels, **lean).logits[0]
+                answer = row[0, start:]
+                scores.append(logits[-1 - len(answer) : -1].gather(1, answer[:, None]).mean())
+        return torch.stack(scores)
 
     ways = {
-        "full forward a candidate": lambda: one_at_a_time(False),
-        "the same, last 32 logits and no cache": lambda: one_at_a_time(True),
-        "full forwards in batches": lambda: _batched(scorer, probe.items),
-        "evaluate_choices": lambda: evaluate_choices(model, probe),
+        "one full forward a candidate": one_at_a_time,
+        "the same, last 32 logits and no cache": lambda: one_at_a_time(use_cache=False, logits_to_keep=32),
+        "evaluate_choices": lambda: torch.cat(evaluate_choices(model, probe).scores),
     }
-    times = {name: [] for name in ways}
+    times, scores = {name: [] for name in ways}, {}
     for _ in range(options.pairs):
         for name, way in ways.items():
             start = time.perf_counter()
-            way()
+            scores[name] = way()
             times[name].append(time.perf_counter() - start)
-    result = evaluate_choices(model, probe)
-    with torch.no_grad():
-        whole = torch.cat(_batched(scorer, probe.items))
-    difference = (torch.cat(result.scores) - whole).abs().max().item()
-    prompt = singles[0][0]["input_ids"].shape[1]
-    print(f"{options.items} items of 4 candidates, {49 * options.pictures} of {prompt} tokens are vision")
+    tokens = singles[0][0][0].shape[1]
+    print(f"{options.items} items of 4 candidates, {49 * options.pictures} of {tokens} tokens are vision")
     ours = min(times["evaluate_choices"])
     for name, seconds in times.items():
         print(f"{name:<40}{min(seconds):>8.2f} s{min(seconds) / ours:>8.2f} times evaluate_choices")
-    print(f"prefix shared: {result.shared_prefix}; largest difference of a score: {difference:.1e}")
+    difference = (scores["evaluate_choices"] - scores["one full forward a candidate"]).abs().max()
+    print(f"largest difference of a score: {difference:.1e}")
 
 
-def _candidate_inputs(probe, item):
+def _single_forwards(probe, item):
+    """Token ids ``[1, S]`` of each candidate with its prompt, where each starts, and the pictures."""
     encoded = probe.encode([item])
     pixels = {key: value for key, value in encoded.inputs.items() if key not in ("input_ids", "attention_mask")}
-    return [{"input_ids": torch.tensor([c.ids]), **pixels} for c in encoded.candidates[0]]
-
-
-@torch.no_grad()
-def _batched(scorer, items, size=8):
-    return [scores for start in range(0, len(items), size) for scores in scorer.whole(items[start : start + size])]
+    candidates = encoded.candidates[0]
+    return [torch.tensor([c.ids]) for c in candidates], [c.start for c in candidates], pixels
 
 
 if __name__ == "__main__":
