@@ -162,13 +162,30 @@ def idefics3():
     return transformers.Idefics3ForConditionalGeneration(config), processor
 
 
+def paligemma():
+    """A prefix language model: the prompt's tokens see each other both ways, the answer's only what precedes."""
+    tokens = tokenizer("<image>")
+    pixels = transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    pixels.image_seq_length = 4
+    processor = transformers.PaliGemmaProcessor(pixels, tokens)
+    text = {**_text_options(), "vocab_size": len(tokens), "head_dim": 8}
+    config = transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**text),
+        vision_config=transformers.SiglipVisionConfig(**_vision_options(), projection_dim=32),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        projection_dim=32,
+    )
+    tokenizer.cache_clear()  # the processor has added tokens to it
+    return transformers.PaliGemmaForConditionalGeneration(config), processor
+
+
 FAMILIES = {f.__name__: f for f in (llava, qwen2_vl, qwen2_5_vl, gemma3, idefics3)}
 
 
 def build(name, seed=0, **options):
     """``(model, processor)`` with logits far enough apart to tell candidates from each other."""
     torch.manual_seed(seed)
-    model, processor = FAMILIES[name](**options)
+    model, processor = {**FAMILIES, "paligemma": paligemma}[name](**options)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -82,9 +82,15 @@ class CandidateScorer:
     def whole(self, items: Sequence[ChoiceItem]) -> list[Tensor]:
         """Scores ``[candidates]`` by item: one forward in which each candidate has its prompt before it."""
         encoded = self.probe.encode(items)
-        inputs = self.probe.repeat(items)
+        first, logits = self._whole_logits(items, encoded)
         rows = [candidate for candidates in encoded.candidates for candidate in candidates]
-        ids = [row.ids for row in rows]
+        rest = [row.ids[first + 1 :] for row in rows]
+        return self._by_item(encoded, self._means(logits, rest, [row.start - first - 1 for row in rows]))
+
+    def _whole_logits(self, items: Sequence[ChoiceItem], encoded: EncodedChoices) -> tuple[int, Tensor]:
+        """Logits ``[N, T, V]`` of all candidates with their prompts, from the first position that any needs on."""
+        inputs = self.probe.repeat(items)
+        ids = [candidate.ids for candidates in encoded.candidates for candidate in candidates]
         prompts = valid_rows(inputs, inputs["input_ids"])
         kept = [common_prefix(prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
         sequences = {
@@ -93,19 +99,21 @@ class CandidateScorer:
         }
         sequences["input_ids"] = _pad(ids, "right", self.pad)
         sequences["attention_mask"] = _pad([[1] * len(row) for row in ids], "right")
-        first = min(row.start for row in rows) - 1
+        first = min(encoded.shared()) - 1
         width = sequences["input_ids"].shape[1]
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.accepted else {}
         output = self._run(**{**inputs, **sequences}, **options, **self._last_logits(width - first))
-        logits = output.logits[:, first - width :]
-        rest = [row.ids[first + 1 :] for row in rows]
-        return self._by_item(encoded, self._means(logits, rest, [row.start - first - 1 for row in rows]))
+        return first, output.logits[:, first - width :]
 
-    def agree(self, items: Sequence[ChoiceItem]) -> bool:
+    def can_share(self, items: Sequence[ChoiceItem]) -> bool:
         """Whether candidates may continue from a shared cache: it scores ``items`` as whole forwards do.
 
-        Asked of the model itself, because what its cache holds, and how it counts positions after it, differ
-        by family. The tolerance is that of its arithmetic.
+        Asked of the model itself, because what its cache holds, and how it counts positions after it, differ by
+        family. The tolerance is that of its arithmetic. Where a prompt sees what follows it (prefix language
+        models), whole forwards would let it see the answer, and continuing is the only right way.
+
+        Args:
+            items: with one candidate each.
         """
         try:
             shared = torch.cat(self.shared(items))
@@ -113,9 +121,20 @@ class CandidateScorer:
             raise
         except Exception:  # whatever a family does not support; a real fault shows in the whole forwards too
             return False
-        whole = torch.cat(self.whole(items))
+        return self._close(shared, torch.cat(self.whole(items))) or self._sees_ahead(items)
+
+    def _sees_ahead(self, items: Sequence[ChoiceItem]) -> bool:
+        """Whether the logits at a prompt's end change with what follows."""
+        encoded = self.probe.encode(items)
+        lengths = encoded.shared()
+        alone = self._run(**self._prefixes(encoded, lengths), **self._last_logits(1)).logits[:, -1]
+        first, logits = self._whole_logits(items, encoded)
+        followed = torch.stack([row[length - 1 - first] for row, length in zip(logits, lengths, strict=True)])
+        return bool(alone.isfinite().all()) and not self._close(followed, alone)
+
+    def _close(self, found: Tensor, wanted: Tensor) -> bool:
         tolerance = torch.finfo(self._logits_dtype).eps ** 0.5
-        return bool(((shared - whole).abs() <= tolerance * whole.abs().clamp(min=1)).all())
+        return bool(((found - wanted).abs() <= tolerance * wanted.abs().clamp(min=1)).all())
 
     def _prefixes(self, encoded: EncodedChoices, lengths: Sequence[int]) -> dict[str, Any]:
         """Inputs of the shared part of each prompt, padded on the left so that the candidates follow at once."""

@@ -165,7 +165,9 @@ class ChoiceProbe:
 
     def _process(self, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
         pictures = {"images": images} if images[0] else {}
-        return dict(self.processor(text=texts, **pictures, padding=True, return_tensors="pt"))
+        made = dict(self.processor(text=texts, **pictures, padding=True, return_tensors="pt"))
+        made.pop("labels", None)
+        return made
 
     def _continue(self, prompt: list[int], endings: Sequence[str]) -> list[Candidate] | None:
         """Tokenise the prompt, its images expanded, with each ending; None if its ids do not survive decoding."""

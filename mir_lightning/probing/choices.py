@@ -130,7 +130,7 @@ class _Run:
         items = self.scorer.probe.items
         while True:
             try:
-                self.shared_prefix = self._all_agree(_check_items(items))
+                self.shared_prefix = self._all_can_share(_check_items(items))
                 return self._run(items, _batches(items, batch_size))
             except torch.OutOfMemoryError as error:
                 if batch_size == 1:
@@ -140,9 +140,9 @@ class _Run:
             if self.scorer.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _all_agree(self, items: Sequence[ChoiceItem]) -> bool:
-        agrees = self.scorer.agree(items)
-        return not sum_over_ranks([not agrees], self.scorer.device)[0] if self.distributed else agrees
+    def _all_can_share(self, items: Sequence[ChoiceItem]) -> bool:
+        shares = self.scorer.can_share(items)
+        return not sum_over_ranks([not shares], self.scorer.device)[0] if self.distributed else shares
 
     def _run(self, items: Sequence[ChoiceItem], batches: Sequence[list[int]]) -> list[Tensor]:
         """Run every batch. Errors surface when all ranks have done theirs, on all of them."""

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,29 @@ def test_where_the_cache_cannot_be_shared_candidates_run_whole(monkeypatch):
     assert not result.shared_prefix
     for asked, found in zip(items, result.scores, strict=True):
         np.testing.assert_allclose(found, reference(model, processor, asked, "logit"), atol=1e-4, err_msg=asked.id)
+
+
+def test_a_prompt_that_sees_ahead_does_not_see_the_answer():
+    """PaliGemma, against its own generation: the prompt, then one token of the candidate at a time."""
+    model, processor = build("paligemma")
+    items = [
+        item("a", "What colour?", "red", "light green", images=[picture(0)]),
+        item("b", "Is the star small? Answer:", "to the left of it", "large", images=[picture(1)]),
+    ]
+    result = evaluate_choices(model, ChoiceProbe(items, processor))
+    assert result.shared_prefix
+    for asked, found in zip(items, result.scores, strict=True):
+        inputs = processor(text=["<image>\n" + asked.prompt], images=[[asked.images[0]]], return_tensors="pt")
+        inputs.pop("labels", None)
+        for candidate, score in zip(asked.candidates, found, strict=True):
+            ids = processor.tokenizer(" " + candidate, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                output = model(**inputs, use_cache=True)
+                steps = [output.logits[0, -1, ids[0]].item()]
+                for token, following in pairwise(ids):
+                    output = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values)
+                    steps.append(output.logits[0, -1, following].item())
+            assert score == pytest.approx(np.mean(steps), abs=1e-4)
 
 
 def test_a_cache_that_answers_wrongly_is_not_shared():
