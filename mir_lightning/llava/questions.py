@@ -17,12 +17,15 @@ from mir_lightning.llava.shapes import (
     SHAPES,
     SIZES,
     Scene,
+    Split,
     Thing,
+    draw_sample,
     draw_scene,
     paint,
     random_thing,
 )
 from mir_lightning.probing.choice_items import ChoiceItem
+from mir_lightning.probing.few_shot import CAPTION_PROMPT, QUESTION_PROMPT
 
 Draw = Callable[[str], Image.Image]  # by seed
 Group = tuple[str, dict[str, Draw]]  # a question, and for each answer a picture that makes it the right one
@@ -50,6 +53,51 @@ def shapes_choices(per_task: int = 300, seed: int = 0) -> list[ChoiceItem]:
     """
     check_at_least_one(per_task=per_task)
     return [item for task in _TASKS for item in _task_items(task, per_task, seed)]
+
+
+def shapes_few_shot(per_task: int = 60, seed: int = 0) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
+    """Captions and short answers under MM1's prompts, for :class:`~mir_lightning.probing.few_shot.FewShotProbe`.
+
+    The first list is to be answered, the second holds examples. Captions to write are of the held-out split, those
+    shown of the training split. Questions are those of :func:`shapes_choices`, shown ones with another seed.
+
+    Args:
+        per_task: captions to write, and questions of each kind to answer (see :func:`shapes_choices`).
+        seed: of all of them.
+
+    Raises:
+        ValueError: if ``per_task`` is below 1.
+    """
+    check_at_least_one(per_task=per_task)
+    items = [*_captions("held_out", per_task, seed), *_short_answers(per_task, seed)]
+    return items, [*_captions("train", 60, seed), *_short_answers(12, seed + 1)]
+
+
+def _captions(split: Split, count: int, seed: int) -> list[ChoiceItem]:
+    captions = [draw_sample(split, index, seed)[1].lower().rstrip(".") for index in range(count)]
+    return [
+        ChoiceItem(
+            id=f"caption/{split}/{seed}/{index}",
+            prompt=CAPTION_PROMPT,
+            answer=caption,
+            distractors=(next((other for other in captions if other != caption), "nothing"),),
+            task="caption",
+            ability="in context",
+            images=(partial(_draw_sample, split, index, seed),),
+        )
+        for index, caption in enumerate(captions)
+    ]
+
+
+def _draw_sample(split: Split, index: int, seed: int) -> Image.Image:
+    return draw_sample(split, index, seed)[0]
+
+
+def _short_answers(per_task: int, seed: int) -> list[ChoiceItem]:
+    return [
+        replace(item, prompt=QUESTION_PROMPT.format(question=item.prompt), task="vqa", ability="in context")
+        for item in shapes_choices(per_task, seed)
+    ]
 
 
 def _task_items(task: str, per_task: int, seed: int) -> Iterator[ChoiceItem]:

@@ -4,6 +4,7 @@ from mir_lightning.probing.choice_items import ChoiceItem, load_choice_items
 from mir_lightning.probing.choice_probe import ChoiceProbe
 from mir_lightning.probing.choices import ChoiceResult, evaluate_choices
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
+from mir_lightning.probing.few_shot import FewShotProbe, FewShotResult, evaluate_few_shot
 from mir_lightning.probing.m3_bench import load_m3_bench
 from mir_lightning.probing.probe import Probe
 
@@ -11,9 +12,12 @@ __all__ = [
     "ChoiceItem",
     "ChoiceProbe",
     "ChoiceResult",
+    "FewShotProbe",
+    "FewShotResult",
     "MIRResult",
     "Probe",
     "evaluate_choices",
+    "evaluate_few_shot",
     "evaluate_mir",
     "load_choice_items",
     "load_m3_bench",

@@ -105,6 +105,27 @@ class CandidateScorer:
         output = self._run(**{**inputs, **sequences}, **options, **self._last_logits(width - first))
         return first, output.logits[:, first - width :]
 
+    def greedy(self, items: Sequence[ChoiceItem], count: int) -> list[list[int]]:
+        """By item, the ``count`` token ids that follow its prompt, the most likely one at each step."""
+        encoded = self.probe.encode(items)
+        lengths = [len(prompt) for prompt in encoded.prompts]
+        with _decoder_positions(self.model) as seen:
+            output = self._run(**self._prefixes(encoded, lengths), use_cache=True, **self._last_logits(1))
+        mask = _pad([[1] * length for length in lengths], "left")
+        made = [output.logits[:, -1].argmax(dim=-1)]
+        while len(made) < count:
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            positions = self._next_positions(seen, range(len(items)), max(lengths), len(made))
+            output = self._run(
+                input_ids=made[-1][:, None],
+                attention_mask=mask,
+                past_key_values=output.past_key_values,
+                use_cache=True,
+                **{key: value[..., -1:] for key, value in positions.items()},
+            )
+            made.append(output.logits[:, -1].argmax(dim=-1))
+        return torch.stack(made, dim=1).tolist()
+
     def can_share(self, items: Sequence[ChoiceItem]) -> bool:
         """Whether candidates may continue from a shared cache: it scores ``items`` as whole forwards do.
 
@@ -162,7 +183,7 @@ class CandidateScorer:
             return {"position_ids": columns} if self.keeps_deltas else {}
         positions = seen[-1] if seen[-1].ndim == 3 else seen[-1][None]
         largest = positions.amax(dim=(0, 2))  # [B], or [1] for all
-        rows = largest[owner] if len(largest) > 1 else largest.expand(len(owner))
+        rows = largest[list(owner)] if len(largest) > 1 else largest.expand(len(owner))
         following = rows[:, None] + 1 + torch.arange(count, device=rows.device)
         return {"position_ids": following.expand(len(seen[-1]), -1, -1) if seen[-1].ndim == 3 else following}
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mir_lightning.functional.checks import check_at_least_one, check_choice
@@ -16,7 +15,7 @@ from mir_lightning.probing.candidate_scores import CandidateScorer, Forward, Sco
 from mir_lightning.probing.choice_items import ChoiceItem
 from mir_lightning.probing.choice_probe import ChoiceProbe
 from mir_lightning.probing.isolation import leave_no_trace
-from mir_lightning.probing.ranks import raise_together, share_of_rank, sum_over_ranks
+from mir_lightning.probing.ranks import run_items, sum_over_ranks
 from mir_lightning.vlm import find_vlm
 
 
@@ -131,7 +130,8 @@ class _Run:
         while True:
             try:
                 self.shared_prefix = self._all_can_share(_check_items(items))
-                return self._run(items, _batches(items, batch_size))
+                batches = batches_of(items, batch_size)
+                return run_items(batches, self._scores, self.distributed, self.scorer.device)
             except torch.OutOfMemoryError as error:
                 if batch_size == 1:
                     raise
@@ -140,30 +140,13 @@ class _Run:
             if self.scorer.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _scores(self, batch: Sequence[int]) -> list[Tensor]:
+        items = [self.scorer.probe.items[index] for index in batch]
+        return self.scorer.shared(items) if self.shared_prefix else self.scorer.whole(items)
+
     def _all_can_share(self, items: Sequence[ChoiceItem]) -> bool:
         shares = self.scorer.can_share(items)
         return not sum_over_ranks([not shares], self.scorer.device)[0] if self.distributed else shares
-
-    def _run(self, items: Sequence[ChoiceItem], batches: Sequence[list[int]]) -> list[Tensor]:
-        """Run every batch. Errors surface when all ranks have done theirs, on all of them."""
-        way = self.scorer.shared if self.shared_prefix else self.scorer.whole
-        found: dict[int, Tensor] = {}
-        failure: Exception | None = None
-        for batch, counts in share_of_rank(batches) if self.distributed else ((b, True) for b in batches):
-            try:
-                scores = way([items[i] for i in batch])
-            except Exception as error:
-                if not self.distributed:
-                    raise
-                failure = failure or error
-            else:
-                found |= dict(zip(batch, scores, strict=True)) if counts else {}
-        if self.distributed:
-            raise_together(failure, self.scorer.device)
-            parts: list[dict[int, Tensor]] = [{}] * dist.get_world_size()
-            dist.all_gather_object(parts, found)
-            found = {index: scores for part in parts for index, scores in part.items()}
-        return [found[index] for index in range(len(items))]
 
 
 def _check_items(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:
@@ -174,7 +157,7 @@ def _check_items(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:
     return [replace(item, answer=max(item.candidates, key=len), distractors=()) for item in chosen]
 
 
-def _batches(items: Sequence[ChoiceItem], batch_size: int) -> list[list[int]]:
+def batches_of(items: Sequence[ChoiceItem], batch_size: int) -> list[list[int]]:
     """Indices of items of like length and as many images, up to ``batch_size`` candidates together."""
     order = sorted(range(len(items)), key=lambda i: (len(items[i].images), len(items[i].prompt)))
     batches: list[list[int]] = []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mir_lightning.llava.questions import shapes_choices
+from mir_lightning.llava.questions import shapes_choices, shapes_few_shot
 from mir_lightning.llava.shapes import COLOURS, RELATIONS, SIZES, draw_sample
 from mir_lightning.metrics import SoftDiscriminationScore
 from mir_lightning.probing.choice_items import check_items, open_image
@@ -111,3 +111,19 @@ def test_small_numbers_are_whole_questions():
     }
     with pytest.raises(ValueError, match="per_task must be at least 1, got 0"):
         shapes_choices(0)
+
+
+def test_few_shot_captions_to_write_are_held_out_and_those_shown_are_not():
+    items, examples = shapes_few_shot(12)
+    check_items(items)
+    check_items(examples)
+    assert Counter(item.task for item in items) == {"caption": 12, "vqa": 7 * 12 - 2}
+    written = {item.answer for item in items if item.task == "caption"}
+    assert not written & {item.answer for item in examples}
+    assert written <= {draw_sample("held_out", i)[1].lower().rstrip(".") for i in range(12)}
+    assert not {item.id for item in items} & {item.id for item in examples}
+    caption = items[0]
+    assert caption.prompt == "<image> A photo of"
+    assert open_image(caption.images[0]).tobytes() == draw_sample("held_out", 0)[0].tobytes()
+    assert items[12].prompt.startswith("<image> Question: What colour is the ")
+    assert items[12].prompt.endswith("? Short answer:")
