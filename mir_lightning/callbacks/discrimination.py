@@ -130,6 +130,7 @@ class SDSCallback(ProbingCallback):
             "acc": result.accuracy,
             "chance": result.chance,
             "seconds": result.seconds,
+            "shared_prefix": result.shared_prefix,
             "breakdown": {path: list(found[:3]) for path, found in result.breakdown.items() if path},
         }
 

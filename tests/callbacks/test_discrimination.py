@@ -219,6 +219,7 @@ def _train(rank, world, folder):
         trainer = _trainer(rank, world, _strategy(kind, world), callback, folder)
         trainer.fit(module)
         history = [(point["step"], point["sds"], point["acc"]) for point in callback.history]
+        assert all(point["shared_prefix"] for point in callback.history)
         found.append((history, start and start.sds, trainer.callback_metrics["sds/reasoning"].item()))
     return found
 
