@@ -41,6 +41,7 @@ bench: $(INSTALLED)  ## time and memory, as ratios in one run
 	$(BIN)/python -m tests.benchmarks.accumulation
 	$(BIN)/python -m tests.benchmarks.official
 	$(BIN)/python -m tests.benchmarks.script
+	$(BIN)/python -m tests.benchmarks.choices
 
 docs: $(INSTALLED)  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict

@@ -29,6 +29,7 @@ def read_offline_run(logger):
     """``(history rows, media folder, config)`` of a finished ``WandbLogger(offline=True)``."""
     folder = Path(logger.experiment.dir).parent
     wandb.finish()
+    wandb.teardown()  # waits for the service process, which may still hold the file's last block
     (file,) = folder.glob("*.wandb")
     rows, config = [], {}
     for data in _records(file.read_bytes()):

@@ -1,5 +1,7 @@
 """Doors into training loops."""
 
+from mir_lightning.callbacks.discrimination import SDSCallback
+from mir_lightning.callbacks.few_shot import FewShotCallback
 from mir_lightning.callbacks.mir import MIRCallback
 
-__all__ = ["MIRCallback"]
+__all__ = ["FewShotCallback", "MIRCallback", "SDSCallback"]

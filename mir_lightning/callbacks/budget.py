@@ -37,18 +37,23 @@ class Budget:
         """Continue the account of an interrupted run."""
         self._trained_before, self.evaluating = trained, evaluating
 
-    def share(self, coming: float = 0.0) -> float:
-        """Share of the time that evaluations have taken once one more has taken ``coming`` seconds."""
+    def share(self, under_way: float) -> float:
+        """Share of the time so far; the evaluation under way has taken so many seconds of it."""
+        spent = self.evaluating + under_way
+        return spent / max(self.trained, spent, 1e-9)
+
+    def share_after(self, coming: float) -> float:
+        """Share of the time once one more evaluation has taken ``coming`` seconds."""
         spent = self.evaluating + coming
         return spent / max(self.trained + coming, spent, 1e-9)
 
     def allows(self, coming: float) -> bool:
         """Whether an evaluation of ``coming`` seconds keeps within the limit."""
-        return self.max_overhead is None or self.share(coming) <= self.max_overhead
+        return self.max_overhead is None or self.share_after(coming) <= self.max_overhead
 
     def refusal(self, name: str, step: int, coming: float) -> str:
         """What the log says of an evaluation that was left out."""
         return (
             f"{name}: evaluation at step {step} left out: with it, evaluations would have taken "
-            f"{self.share(coming):.1%} of the training time, above max_overhead={self.max_overhead:.1%}."
+            f"{self.share_after(coming):.1%} of the training time, above max_overhead={self.max_overhead:.1%}."
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 
 from mir_lightning.callbacks import reporting
 from mir_lightning.callbacks.budget import Budget
-from mir_lightning.callbacks.mir import OnError
+from mir_lightning.callbacks.probing import OnError
 from mir_lightning.callbacks.schedule import Schedule
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.mir import Variant
@@ -220,6 +220,7 @@ class MIRTrainerCallback(TrainerCallback):
 
     def _report(self, result: MIRResult, state: TrainerState) -> None:
         values = reporting.scalars(result, self.name)
+        values[f"{self.name}_probe/seconds"] = result.seconds
         values[f"{self.name}_probe/overhead"] = self.budget.share(result.seconds)
         row_is_due = self.trainer.control.should_log
         self.trainer.log(values)

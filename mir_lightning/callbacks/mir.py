@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedModel
 
 from mir_lightning.callbacks import reporting
-from mir_lightning.callbacks.schedule import Schedule, tokens_of
-from mir_lightning.callbacks.strategies import check_data_parallel, forward_through_strategy
+from mir_lightning.callbacks.probing import OnError, ProbingCallback
+from mir_lightning.callbacks.schedule import Schedule
+from mir_lightning.callbacks.strategies import forward_through_strategy
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.mir import Variant
 from mir_lightning.probing.batches import check_probe
@@ -24,12 +23,8 @@ from mir_lightning.probing.probe import Probe, ProbeLike
 from mir_lightning.probing.run import HiddenStates
 from mir_lightning.vlm import TextPositions, find_vlm
 
-OnError = Literal["warn", "raise"]
 
-_STATE_VERSION = 2
-
-
-class MIRCallback(pl.Callback):
+class MIRCallback(ProbingCallback):
     """Evaluate the Modality Integration Rate of the model in training, on a fixed probe.
 
     Nothing is asked of the LightningModule but that it holds a Hugging Face vision-language model. The run
@@ -78,6 +73,9 @@ class MIRCallback(pl.Callback):
             that does not fit, ranks with different probes, or tensor parallelism.
     """
 
+    label = "MIR"
+    best = "min"
+
     def __init__(
         self,
         probe: ProbeLike,
@@ -103,154 +101,44 @@ class MIRCallback(pl.Callback):
     ) -> None:
         check_choice("variant", variant, Variant)
         check_choice("text", text, TextPositions)
-        check_choice("on_error", on_error, OnError)
-        if max_overhead is not None and not 0 < max_overhead <= 1:
-            raise ValueError(f"max_overhead must lie above 0 and up to 1, got {max_overhead}.")
-        self.schedule = Schedule(every_n_steps, tuple(at_steps), growth, every_n_epochs, every_n_tokens)
+        schedule = Schedule(every_n_steps, tuple(at_steps), growth, every_n_epochs, every_n_tokens)
+        super().__init__(schedule, at_start, at_end, name, on_error, max_overhead, strict_probe)
         self.probe = probe
-        self.at_start = at_start
-        self.at_end = at_end
         self.variant = variant
         self.text = text
         self.model = model
-        self.name = name
-        self.on_error = on_error
-        self.max_overhead = max_overhead
-        self.strict_probe = strict_probe
         self.hidden_states = hidden_states
         self.picture_layer = picture_layer
         self.layers = layers
         self.image_token_id = image_token_id
         self.check = check
-        self.history: list[dict[str, Any]] = []
-        self._last_step: int | None = None
-        self._stepped = 0
-        self._tokens = 0
-        self._tokens_of_step = 0
-        self._train_seconds = 0.0
-        self._probe_seconds = 0.0
-        self._clock = 0.0
-        self._restored_fingerprint: str | None = None
-        self._network: nn.Module | None = None
         self._checked = False
-        self._warned: set[str] = set()
+        self._network: nn.Module | None = None
 
-    @property
-    def state_key(self) -> str:
-        """Two callbacks of different names keep their own state in a checkpoint."""
-        return self._generate_state_key(name=self.name)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the model and check the probe, so that mistakes show before the first step."""
-        check_data_parallel(trainer)
+    def _prepare(self, pl_module: pl.LightningModule) -> tuple[str, dict[str, Any]]:
         if self.hidden_states is None:
             vlm: PreTrainedModel | None = find_vlm(pl_module, self.model)
             self._network = vlm
         else:
             vlm, self._network = None, pl_module.get_submodule(self.model or "")
-        self.probe = Probe.of(self.probe)
-        if trainer.strategy.root_device.type == "cuda":
-            self.probe.pin_memory()
-        check_probe(vlm, self.probe, self.text, self.layers, self.image_token_id)
-        self._check_fingerprint(trainer, self.probe.fingerprint)
-        reporting.describe_run(trainer, self.name, self._settings(self.probe))
-
-    def _check_fingerprint(self, trainer: pl.Trainer, fingerprint: str) -> None:
-        same = trainer.strategy.broadcast(fingerprint) == fingerprint
-        if not trainer.strategy.reduce_boolean_decision(same, all=True):
-            raise ValueError("probe: the ranks hold probes of different contents; give every rank the same one.")
-        restored = self._restored_fingerprint
-        if restored is not None and restored != fingerprint:
-            message = (
-                f"probe: its fingerprint {fingerprint[:12]} is not that of the checkpoint, {restored[:12]}: the "
-                f"points of the {self.name} curve before and after it are not comparable."
-            )
-            if self.strict_probe:
-                raise ValueError(message)
-            rank_zero_warn(message)
-
-    def _settings(self, probe: Probe) -> dict[str, Any]:
-        return {
+        self.probe = probe = Probe.of(self.probe)
+        if pl_module.device.type == "cuda":
+            probe.pin_memory()
+        check_probe(vlm, probe, self.text, self.layers, self.image_token_id)
+        return probe.fingerprint, {
             "variant": self.variant,
             "text": self.text,
             "probe_fingerprint": probe.fingerprint,
             "probe_batches": len(probe),
         }
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Step 0; on resume, a point that the interrupted run was due but did not reach."""
-        self._clock = time.monotonic()
-        self._stepped = step = trainer.global_step
-        if (self.at_start and step == 0) or (step and self.schedule.due_at_step(step)):
-            self._evaluate(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate once after each optimizer step that is due (micro-batches of an accumulation share one)."""
-        if self.schedule.every_n_tokens is not None:
-            self._tokens_of_step += tokens_of(batch)
-        before, self._stepped = self._stepped, trainer.global_step
-        if self._stepped == before:
-            return
-        due = any(self.schedule.due_at_step(step) for step in range(before + 1, self._stepped + 1))
-        if self.schedule.every_n_tokens is not None:
-            due |= self._count_tokens(trainer)
-        if due and self._affordable(trainer):
-            self._evaluate(trainer, pl_module)
-
-    def _count_tokens(self, trainer: pl.Trainer) -> bool:
-        """Add a step's tokens over all ranks; whether that passed a point."""
-        of_step = torch.tensor(self._tokens_of_step, device=trainer.strategy.root_device)
-        before, self._tokens_of_step = self._tokens, 0
-        self._tokens += int(trainer.strategy.reduce(of_step, reduce_op="sum"))
-        return self.schedule.due_at_tokens(before, self._tokens)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate at the end of each epoch that is due."""
-        if self.schedule.due_at_epoch(trainer.current_epoch + 1) and self._affordable(trainer):
-            self._evaluate(trainer, pl_module)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Last step."""
-        if self.at_end:
-            self._evaluate(trainer, pl_module)
+        """Last step; and what the self-check could not tell."""
+        super().on_train_end(trainer, pl_module)
         if self.check and self.hidden_states is None and self.history and not self._checked:
             rank_zero_warn(
                 f"{self.name}: no evaluation could check the vision mask: pixels never reached the decoder."
             )
-
-    def _seconds_of_training(self) -> float:
-        return self._train_seconds + time.monotonic() - self._clock
-
-    def _affordable(self, trainer: pl.Trainer) -> bool:
-        """Whether one more evaluation like the last keeps within ``max_overhead``; rank 0 decides for all."""
-        if self.max_overhead is None or not self.history:
-            return True
-        last = self.history[-1]["seconds"]
-        share = (self._probe_seconds + last) / (self._seconds_of_training() + last)
-        affordable = bool(trainer.strategy.broadcast(share <= self.max_overhead))
-        if not affordable:
-            rank_zero_info(
-                f"{self.name}: evaluation at step {trainer.global_step} left out: with it, evaluations would have "
-                f"taken {share:.1%} of the training time, above max_overhead={self.max_overhead:.1%}."
-            )
-        return affordable
-
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = trainer.global_step
-        if step == self._last_step:
-            return
-        self._last_step = step
-        start = time.monotonic()
-        try:
-            self._report(trainer, self._measure(trainer, pl_module))
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            self._warn_once(f"MIR evaluation at step {step} failed, training goes on: {error}", str(error))
-        finally:
-            self._probe_seconds += time.monotonic() - start
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> MIRResult:
         """Run the probe, with the self-check until it has found the mask right."""
@@ -275,58 +163,17 @@ class MIRCallback(pl.Callback):
         self._checked |= result.checked
         return result
 
-    def _report(self, trainer: pl.Trainer, result: MIRResult) -> None:
-        step = trainer.global_step
-        trainer.callback_metrics[self.name] = torch.tensor(result.mir, device=trainer.strategy.root_device)
-        self.history.append(reporting.point(result, step))
-        values = reporting.scalars(result, self.name)
-        spent = self._probe_seconds + result.seconds
-        values[f"{self.name}_probe/overhead"] = min(1.0, spent / max(self._seconds_of_training(), spent))
-        reports: list[Callable[[], None]] = [
-            lambda: reporting.log_scalars(trainer, values),
-            lambda: reporting.log_pictures(trainer, self.name, result, self.history),
-        ]
-        for report in reports:
-            try:
-                report()
-            except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                self._warn_once(f"MIR of step {step} could not be logged everywhere: {error}", str(error))
-        if message := reporting.collapse_warning(self.history):
-            self._warn_once(f"{self.name}: {message}", "collapse")
+    def _values(self, result: MIRResult) -> dict[str, float]:
+        return reporting.scalars(result, self.name)
 
-    def _warn_once(self, message: str, cause: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            rank_zero_warn(message)
+    def _monitored(self, result: MIRResult) -> dict[str, float]:
+        return {self.name: result.mir}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The curve so far; plain numbers, loadable with ``weights_only``."""
-        return {
-            "version": _STATE_VERSION,
-            "fingerprint": self.probe.fingerprint if isinstance(self.probe, Probe) else None,
-            "last_step": self._last_step,
-            "history": self.history,
-            "tokens": self._tokens,
-            "train_seconds": self._seconds_of_training() if self._clock else self._train_seconds,
-            "probe_seconds": self._probe_seconds,
-        }
+    def _point(self, result: MIRResult, step: int) -> dict[str, Any]:
+        return reporting.point(result, step)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the curve of a checkpoint.
+    def _draw(self, trainer: pl.Trainer, result: MIRResult) -> None:
+        reporting.log_pictures(trainer, self.name, result, self.history)
 
-        Raises:
-            ValueError: for the state of another version.
-        """
-        if state_dict.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"the checkpoint's {self.name} state has version {state_dict.get('version')}, this one reads "
-                f"{_STATE_VERSION}: train on without it, or with the mir-lightning that wrote it."
-            )
-        self._last_step = state_dict["last_step"]
-        self.history = list(state_dict["history"])
-        self._tokens = state_dict["tokens"]
-        self._train_seconds = state_dict["train_seconds"]
-        self._probe_seconds = state_dict["probe_seconds"]
-        self._restored_fingerprint = state_dict["fingerprint"]
+    def _warning(self) -> str | None:
+        return reporting.collapse_warning(self.history)

@@ -1,11 +1,11 @@
-"""What a MIR evaluation looks like in loggers: names of the scalars, tables and pictures."""
+"""What evaluations look like in loggers: names of the scalars, tables and pictures."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -31,7 +31,6 @@ def scalars(result: MIRResult, name: str = "mir") -> dict[str, float]:
         f"{name}_outliers/vision": result.outliers[:, 0].sum().item()
         / (result.vision_tokens * len(result.layers)),
         f"{name}_outliers/text": result.outliers[:, 1].sum().item() / (result.text_tokens * len(result.layers)),
-        f"{name}_probe/seconds": result.seconds,
     }
     if result.loss is not None and result.perplexity is not None:
         values |= {f"{name}_probe/loss": result.loss, f"{name}_probe/perplexity": result.perplexity}
@@ -195,6 +194,27 @@ def curve_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def ability_figure(steps: Sequence[int], scores: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """Soft Discrimination Score by ability over steps, and the chance level of each.
+
+    Args:
+        steps: optimizer steps.
+        scores: by ability, at each step the score and its chance level.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    for index, (ability, points) in enumerate(scores.items()):
+        colour = f"C{index}"
+        axes.plot(steps, [point[0] for point in points], "o-", color=colour, label=ability)
+        axes.plot(steps, [point[1] for point in points], ":", color=colour, label=f"{ability}: chance")
+    axes.set(
+        xlabel="optimizer step", ylabel="Soft Discrimination Score", title="Right answers against distractors"
+    )
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _figure() -> Figure:
     try:
         from matplotlib.figure import Figure
@@ -225,25 +245,22 @@ def _for_each_logger(trainer: pl.Trainer, log: Callable[[Logger], None]) -> None
         raise errors[0]
 
 
-def describe_run(trainer: pl.Trainer, name: str, settings: dict[str, Any]) -> None:
-    """W&B: settings in the run's config; its summary keeps the lowest MIR, plotted over optimizer steps."""
+def describe_run(trainer: pl.Trainer, name: str, settings: dict[str, Any], best: Literal["min", "max"]) -> None:
+    """W&B: settings in the run's config; its summary keeps the best value, plotted over optimizer steps."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            logger.experiment.define_metric(name, summary="min", step_metric="trainer/global_step")
+            logger.experiment.define_metric(name, summary=best, step_metric="trainer/global_step")
             logger.experiment.config.update({name: settings}, allow_val_change=True)
 
 
 def log_pictures(trainer: pl.Trainer, name: str, result: MIRResult, history: Sequence[Mapping[str, Any]]) -> None:
-    """Pictures to W&B and TensorBoard under ``<name>_media/``, and as PNG files beside the CSV log.
-
-    W&B also gets a table of the layers. Without a CSV logger the files go to the Trainer's ``default_root_dir``.
-    """
+    """Pictures of a MIR evaluation, see :func:`log_figures`, and a table of the layers."""
     if not trainer.is_global_zero:
         return
     step = trainer.global_step
-    figures = pictures(result, step, history)
-    save_pictures(picture_folder(trainer, name), figures)
-    _for_each_logger(trainer, lambda logger: _log_media(logger, f"{name}_media", figures, result, step))
+    columns, rows = layer_table(vars(result))
+    table = ["step", *columns], [[step, *row] for row in rows]
+    log_figures(trainer, name, pictures(result, step, history), table)
 
 
 def pictures(result: MIRResult, step: int, history: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
@@ -262,13 +279,31 @@ def save_pictures(folder: Path, figures: Mapping[str, Figure]) -> None:
         figure.savefig(folder / f"{key}.png")
 
 
-def _log_media(logger: Logger, prefix: str, figures: Mapping[str, Figure], result: MIRResult, step: int) -> None:
+def log_figures(
+    trainer: pl.Trainer, name: str, figures: Mapping[str, Figure], table: tuple[list[str], list[list[Any]]]
+) -> None:
+    """Pictures to W&B and TensorBoard under ``<name>_media/``, and as PNG files beside the CSV log.
+
+    W&B also gets the table (columns and rows). Without a CSV logger the files go to the Trainer's
+    ``default_root_dir``. For rank 0.
+    """
+    save_pictures(picture_folder(trainer, name), figures)
+    step = trainer.global_step
+    _for_each_logger(trainer, lambda logger: _log_media(logger, f"{name}_media", figures, table, step))
+
+
+def _log_media(
+    logger: Logger,
+    prefix: str,
+    figures: Mapping[str, Figure],
+    table: tuple[list[str], list[list[Any]]],
+    step: int,
+) -> None:
     if isinstance(logger, WandbLogger):
         for key, figure in figures.items():
             logger.log_image(f"{prefix}/{key}", [figure], step=step)
-        columns, rows = layer_table(vars(result))
-        rows = [[step, *row] for row in rows]
-        logger.log_table(f"{prefix}/table", columns=["step", *columns], data=rows, step=step)
+        columns, rows = table
+        logger.log_table(f"{prefix}/table", columns=columns, data=rows, step=step)
     elif isinstance(logger, TensorBoardLogger):
         for key, figure in figures.items():
             logger.experiment.add_figure(f"{prefix}/{key}", figure, global_step=step)

@@ -14,14 +14,14 @@ from mir_lightning.probing.run import Forward
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
 
-def check_data_parallel(trainer: pl.Trainer) -> None:
-    """Raise a ``ValueError`` unless every rank is a replica with data of its own."""
+def check_data_parallel(trainer: pl.Trainer, callback: str) -> None:
+    """Raise a ``ValueError``, naming the callback, unless every rank is a replica with data of its own."""
     sampling = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
     replicas = sampling.get("num_replicas", 1)
     if replicas != trainer.world_size:
         raise ValueError(
-            f"MIRCallback does not support tensor parallelism: {trainer.world_size} ranks hold {replicas} data-"
-            "parallel replicas. Use tensor_parallel_size=1, or evaluate_mir on saved checkpoints."
+            f"{callback} does not support tensor parallelism: {trainer.world_size} ranks hold {replicas} data-"
+            "parallel replicas. Use tensor_parallel_size=1, or evaluate saved checkpoints."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,26 +71,38 @@ def draw_sample(split: Split, index: int, seed: int = 0, image_size: int = 224) 
     return _draw(scene, rng, image_size), scene.caption
 
 
-def _random_thing(rng: random.Random) -> Thing:
+def draw_scene(scene: Scene, seed: str, image_size: int = 224) -> Image.Image:
+    """A picture of ``scene``; always the same one for the same seed."""
+    return _draw(scene, random.Random(seed), image_size)
+
+
+def random_thing(rng: random.Random) -> Thing:
+    """Any colour, form and size."""
     return Thing(rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(list(SIZES)))
 
 
 def _random_scene(rng: random.Random) -> Scene:
-    thing = _random_thing(rng)
+    thing = random_thing(rng)
     if rng.random() < 0.5:
         return Scene(thing, count=rng.randint(1, len(NUMBERS)))
-    while (other := _random_thing(rng)) == thing:
+    while (other := random_thing(rng)) == thing:
         pass
     return Scene(thing, relation=rng.choice(RELATIONS), other=other)
 
 
 def _draw(scene: Scene, rng: random.Random, image_size: int) -> Image.Image:
-    """Draw at twice the size and scale down, for smooth edges."""
     shade = rng.randint(215, 250)
+    return paint(_things(scene), _places(scene, rng), shade, rng, image_size)
+
+
+def paint(
+    things: Sequence[Thing], places: Sequence[tuple[float, float]], shade: int, rng: random.Random, image_size: int
+) -> Image.Image:
+    """Draw each thing at its place (centre, in [0, 1]); at twice the size, scaled down for smooth edges."""
     side = 2 * image_size
     image = Image.new("RGB", (side, side), (shade, shade, shade))
     pen = ImageDraw.Draw(image)
-    for thing, (x, y) in zip(_things(scene), _places(scene, rng), strict=True):
+    for thing, (x, y) in zip(things, places, strict=True):
         radius = SIZES[thing.size] * rng.uniform(0.9, 1.1)
         _draw_thing(pen, thing, x * side, y * side, radius * side)
     return image.resize((image_size, image_size), Image.Resampling.BOX)

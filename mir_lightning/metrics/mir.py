@@ -25,6 +25,7 @@ from mir_lightning.functional.mir import (
     token_layer_distance,
     token_norms,
 )
+from mir_lightning.metrics.figures import subplots
 from mir_lightning.metrics.moments import (
     Moments,
     all_reduce_moments,
@@ -416,7 +417,7 @@ class ModalityIntegrationRate(Metric):
             return cast("tuple[Figure, Axes]", self._plot(val, ax))
         figure: Figure | None = None
         if ax is None:
-            figure, ax = _subplots()
+            figure, ax = subplots()
         layers = self.compute_breakdown()
         numbers = range(1, self.num_layers + 1)
         ax.plot(numbers, [layer.distance.item() for layer in layers], "o-", label="Fréchet distance")
@@ -425,15 +426,6 @@ class ModalityIntegrationRate(Metric):
         ax.set(xlabel="decoder layer", ylabel="distance", title=f"MIR {self.compute().item():.3f}")
         ax.legend()
         return figure, ax
-
-
-def _subplots() -> tuple[Figure, Axes]:
-    try:
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plot needs matplotlib: pip install 'mir-lightning[recipes]'.") from error
-    figure = pyplot.figure()
-    return figure, figure.add_subplot()
 
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:

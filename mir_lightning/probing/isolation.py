@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 
 _CAPTURING = "_output_capturing_hooks_installed"  # how transformers marks a model after its first forward
 
@@ -17,12 +18,14 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no compilation inside; afterwards everything is as before.
 
     Restored, also after an error: the training flag of every module (each its own), the random states of
-    Python, NumPy, torch and its devices, and the hooks that transformers adds in a model's first forward (with
-    them, a model that is compiled later would be traced differently). ``no_grad`` and not ``inference_mode``,
+    Python, NumPy, torch and its devices, tensors that modules keep from their last forward (``rope_deltas`` of
+    M-RoPE models), and the hooks that transformers adds in a model's first forward (with them, a model that is
+    compiled later would be traced differently). ``no_grad`` and not ``inference_mode``,
     whose tensors a later training step may not use. Compiled modules run eagerly, because they ignore hooks
     added after compilation.
     """
     training = {module: module.training for module in model.modules()}
+    kept = {module: dict(vars(module)) for module in training}
     hooks = {module: list(module._forward_hooks) for module in training}
     marked = {module for module in training if _CAPTURING in vars(module)}
     error: BaseException | None = None
@@ -36,6 +39,7 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in training.items():
                 module.training = mode
+                _restore_tensors(vars(module), kept[module])
             newly_marked = [module for module in training if _CAPTURING in vars(module) and module not in marked]
             for module in newly_marked:
                 delattr(module, _CAPTURING)
@@ -44,3 +48,13 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
                     del module._forward_hooks[hook]
     if error is not None:
         raise error
+
+
+def _restore_tensors(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in [
+        name for name, value in now.items() if isinstance(value, Tensor) and value is not before.get(name)
+    ]:
+        if name in before:
+            now[name] = before[name]
+        else:
+            del now[name]

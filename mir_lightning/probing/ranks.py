@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -23,6 +23,35 @@ def share_of_rank(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
     rounds = -(-len(items) // world)
     indices = [rank + i * world for i in range(rounds)]
     return ((items[i % len(items)], i < len(items)) for i in indices)
+
+
+def run_items(
+    batches: Sequence[Sequence[int]],
+    run: Callable[[Sequence[int]], Sequence[T]],
+    distributed: bool,
+    device: torch.device,
+) -> list[T]:
+    """What ``run`` gives for each item, by index, of batches of indices that ranks may share.
+
+    Distributed, every rank gets all of it. Errors surface when all ranks have run theirs, on all of them.
+    """
+    found: dict[int, T] = {}
+    failure: Exception | None = None
+    for batch, counts in share_of_rank(batches) if distributed else ((b, True) for b in batches):
+        try:
+            results = run(batch)
+        except Exception as error:
+            if not distributed:
+                raise
+            failure = failure or error
+        else:
+            found |= dict(zip(batch, results, strict=True)) if counts else {}
+    if distributed:
+        raise_together(failure, device)
+        parts: list[dict[int, T]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, found)
+        found = {index: result for part in parts for index, result in part.items()}
+    return [found[index] for index in sorted(found)]
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:

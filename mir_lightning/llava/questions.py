@@ -1,0 +1,209 @@
+"""Multiple-choice items from the world of drawn shapes: held out, balanced, and at chance for whoever is blind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from PIL import Image
+
+from mir_lightning.functional.checks import check_at_least_one
+from mir_lightning.llava.shapes import (
+    COLOURS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Split,
+    Thing,
+    draw_sample,
+    draw_scene,
+    paint,
+    random_thing,
+)
+from mir_lightning.probing.choice_items import ChoiceItem
+from mir_lightning.probing.few_shot import CAPTION_PROMPT, QUESTION_PROMPT
+
+Draw = Callable[[str], Image.Image]  # by seed
+Group = tuple[str, dict[str, Draw]]  # a question, and for each answer a picture that makes it the right one
+MakeGroup = Callable[[random.Random], Group]
+
+
+def shapes_choices(per_task: int = 300, seed: int = 0) -> list[ChoiceItem]:
+    """Multiple-choice items on drawn shapes: perception (colour, shape, size, count) and reasoning.
+
+    Reasoning is spatial relation, comparison of two counts, and arithmetic (the difference of two counts).
+
+    Each question is asked once for each of its answers, with another picture: the candidates are the same and
+    every one is right once. A model that does not look at the picture is therefore at chance exactly, in the
+    score and in accuracy: 1/6 for colour, 1/5 for shape, 1/2 for size and comparison, 1/4 for count and relation,
+    1/3 for arithmetic. No picture shows a scene whose caption is in the training split: single-thing and
+    two-thing scenes are of the held-out split, and scenes of two groups never occur in training.
+
+    Args:
+        per_task: items of each task, rounded down to whole questions but at least one question; 60 and its
+            multiples need no rounding.
+        seed: of questions and pictures.
+
+    Raises:
+        ValueError: if ``per_task`` is below 1.
+    """
+    check_at_least_one(per_task=per_task)
+    return [item for task in _TASKS for item in _task_items(task, per_task, seed)]
+
+
+def shapes_few_shot(per_task: int = 60, seed: int = 0) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
+    """Captions and short answers under MM1's prompts, for :class:`~mir_lightning.probing.few_shot.FewShotProbe`.
+
+    The first list is to be answered, the second holds examples. Captions to write are of the held-out split, those
+    shown of the training split. Questions are those of :func:`shapes_choices`, shown ones with another seed.
+
+    Args:
+        per_task: captions to write, and questions of each kind to answer (see :func:`shapes_choices`).
+        seed: of all of them.
+
+    Raises:
+        ValueError: if ``per_task`` is below 1.
+    """
+    check_at_least_one(per_task=per_task)
+    items = [*_captions("held_out", per_task, seed), *_short_answers(per_task, seed)]
+    return items, [*_captions("train", 60, seed), *_short_answers(12, seed + 1)]
+
+
+def _captions(split: Split, count: int, seed: int) -> list[ChoiceItem]:
+    captions = [draw_sample(split, index, seed)[1].lower().rstrip(".") for index in range(count)]
+    return [
+        ChoiceItem(
+            id=f"caption/{split}/{seed}/{index}",
+            prompt=CAPTION_PROMPT,
+            answer=caption,
+            distractors=(next((other for other in captions if other != caption), "nothing"),),
+            task="caption",
+            ability="in context",
+            images=(partial(_draw_sample, split, index, seed),),
+        )
+        for index, caption in enumerate(captions)
+    ]
+
+
+def _draw_sample(split: Split, index: int, seed: int) -> Image.Image:
+    return draw_sample(split, index, seed)[0]
+
+
+def _short_answers(per_task: int, seed: int) -> list[ChoiceItem]:
+    return [
+        replace(item, prompt=QUESTION_PROMPT.format(question=item.prompt), task="vqa", ability="in context")
+        for item in shapes_choices(per_task, seed)
+    ]
+
+
+def _task_items(task: str, per_task: int, seed: int) -> Iterator[ChoiceItem]:
+    ability, make_group, answers = _TASKS[task]
+    for number in range(max(1, per_task // answers)):
+        question, draws = make_group(random.Random(f"{seed}/{task}/{number}"))
+        for answer, draw in draws.items():
+            name = f"{task}/{seed}/{number}/{answer}"
+            yield ChoiceItem(
+                id=name,
+                prompt=question,
+                answer=answer,
+                distractors=tuple(other for other in draws if other != answer),
+                task=task,
+                ability=ability,
+                images=(partial(draw, name),),
+            )
+
+
+def _held_out(make: Callable[[], Scene]) -> Draw:
+    """Draws the first scene that training never shows."""
+    while (scene := make()).split != "held_out":
+        pass
+    return partial(draw_scene, scene)
+
+
+def _attribute(asked: str, answers: Sequence[str], named: str, names: Sequence[str], question: str) -> MakeGroup:
+    """Asks for one attribute of a thing that another attribute names; a second thing differs in that one."""
+
+    def scene(rng: random.Random, name: str, answer: str) -> Scene:
+        thing = replace(random_thing(rng), **{asked: answer, named: name})
+        while getattr(other := random_thing(rng), named) == name:
+            pass
+        return Scene(thing, relation=rng.choice(RELATIONS), other=other)
+
+    def group(rng: random.Random) -> Group:
+        name = rng.choice(names)
+        return question.format(name), {answer: _held_out(partial(scene, rng, name, answer)) for answer in answers}
+
+    return group
+
+
+def _count(rng: random.Random) -> Group:
+    def scene(count: int) -> Scene:
+        return Scene(random_thing(rng), count=count)
+
+    draws = {word: _held_out(partial(scene, count)) for count, word in enumerate(NUMBERS, start=1)}
+    return "How many shapes are there?", draws
+
+
+def _relation(rng: random.Random) -> Group:
+    first, second = rng.sample(SHAPES, 2)
+
+    def scene(relation: str) -> Scene:
+        thing, other = replace(random_thing(rng), shape=first), replace(random_thing(rng), shape=second)
+        return Scene(thing, relation=relation, other=other)
+
+    draws = {relation: _held_out(partial(scene, relation)) for relation in RELATIONS}
+    return f"Where is the {first}, seen from the {second}?", draws
+
+
+def _two_kinds(rng: random.Random) -> tuple[Thing, Thing]:
+    """Small things of different colours and forms."""
+    shapes, colours = rng.sample(SHAPES, 2), rng.sample(list(COLOURS), 2)
+    return Thing(colours[0], shapes[0], "small"), Thing(colours[1], shapes[1], "small")
+
+
+def _comparison(rng: random.Random) -> Group:
+    first, second = _two_kinds(rng)
+    fewer, more = sorted(rng.sample(range(1, len(NUMBERS) + 1), 2))
+    draws: dict[str, Draw] = {
+        _plural(first): partial(_draw_groups, first, more, second, fewer),
+        _plural(second): partial(_draw_groups, first, fewer, second, more),
+    }
+    return f"Are there more {_plural(first)} or more {_plural(second)}?", draws
+
+
+def _arithmetic(rng: random.Random) -> Group:
+    first, second = _two_kinds(rng)
+    draws: dict[str, Draw] = {}
+    for difference, word in enumerate(NUMBERS[:-1], start=1):
+        fewer = rng.randint(1, len(NUMBERS) - difference)
+        draws[word] = partial(_draw_groups, first, fewer + difference, second, fewer)
+    return f"How many more {_plural(first)} than {_plural(second)} are there?", draws
+
+
+def _plural(thing: Thing) -> str:
+    return f"{thing.colour} {thing.shape}{'es' if thing.shape == 'cross' else 's'}"
+
+
+def _draw_groups(first: Thing, first_count: int, second: Thing, second_count: int, seed: str) -> Image.Image:
+    """So many of each, strewn over a grid of three by three."""
+    rng = random.Random(seed)
+    things = [first] * first_count + [second] * second_count
+    cells = rng.sample([(x, y) for x in (0.2, 0.5, 0.8) for y in (0.2, 0.5, 0.8)], len(things))
+    places = [(x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)) for x, y in cells]
+    return paint(things, places, rng.randint(215, 250), rng, image_size=224)
+
+
+_COLOURS, _SIZES = list(COLOURS), list(SIZES)
+_TASKS: dict[str, tuple[str, MakeGroup, int]] = {  # ability, questions, answers of a question
+    "colour": ("perception", _attribute("colour", _COLOURS, "shape", SHAPES, "What colour is the {}?"), 6),
+    "shape": ("perception", _attribute("shape", SHAPES, "colour", _COLOURS, "What shape is the {} thing?"), 5),
+    "size": ("perception", _attribute("size", _SIZES, "shape", SHAPES, "Is the {} small or large?"), 2),
+    "count": ("perception", _count, 4),
+    "relation": ("reasoning", _relation, 4),
+    "comparison": ("reasoning", _comparison, 2),
+    "arithmetic": ("reasoning", _arithmetic, 3),
+}

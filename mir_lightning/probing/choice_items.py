@@ -1,0 +1,172 @@
+"""Multiple-choice items: pictures, a question, the right answer and distractors."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from mir_lightning.functional.checks import check_at_least_one
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageSource = Union[str, Path, "Image", Callable[[], "Image"]]
+
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True)
+class ChoiceItem:
+    """One multiple-choice question.
+
+    Attributes:
+        id: unique among the items of a probe; errors name it.
+        prompt: what precedes the answer. ``<image>`` stands where a picture goes; without any, the pictures come
+            first, a line each.
+        answer: the right one.
+        distractors: the wrong ones.
+        task: what is asked for; ``"task/part"`` where a task has parts.
+        ability: what the task belongs to, for example ``"perception"`` or ``"reasoning"``.
+        images: in the order of the prompt: files, PIL images, or zero-argument callables that draw one.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    distractors: tuple[str, ...]
+    task: str
+    ability: str
+    images: tuple[ImageSource, ...] = ()
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The right answer, then the distractors."""
+        return (self.answer, *self.distractors)
+
+
+def open_image(source: ImageSource) -> Image:
+    """An RGB picture from a file, a PIL image or a callable."""
+    if isinstance(source, (str, Path)):
+        from PIL import Image
+
+        with Image.open(source) as picture:
+            return picture.convert("RGB")
+    return (source() if callable(source) else source).convert("RGB")
+
+
+def check_items(items: Iterable[ChoiceItem]) -> list[ChoiceItem]:
+    """The items as a list, if every one of them can be asked.
+
+    Raises:
+        TypeError: for anything but :class:`ChoiceItem`.
+        ValueError: without items, or naming every item with a missing picture, pictures and ``<image>`` that do
+            not match, no distractor, an empty or repeated candidate, no task or ability, another's id, or a task
+            of two abilities.
+    """
+    checked = list(items)
+    for item in checked:
+        if not isinstance(item, ChoiceItem):
+            raise TypeError(f"items must be ChoiceItem objects, got {type(item).__name__}.")
+    if not checked:
+        raise ValueError("items is empty: at least one is needed.")
+    ids = Counter(item.id for item in checked)
+    abilities: dict[str, str] = {}
+    problems = []
+    for item in checked:
+        found = list(_problems(item))
+        if ids[item.id] > 1:
+            found.append("its id is not unique")
+        if (ability := abilities.setdefault(item.task, item.ability)) != item.ability:
+            found.append(f"task {item.task!r} belongs to {ability!r} and {item.ability!r}")
+        problems += [f"{item.id}: {problem}" for problem in found]
+    if problems:
+        raise ValueError(f"items: {len(problems)} problem(s) in {len(checked)} items. {'; '.join(problems)}.")
+    return checked
+
+
+def _problems(item: ChoiceItem) -> Iterator[str]:
+    for source in item.images:
+        if isinstance(source, (str, Path)) and not Path(source).is_file():
+            yield f"image {source} is missing"
+    marks = item.prompt.count(IMAGE)
+    if marks not in (0, len(item.images)):
+        yield f"{marks} {IMAGE} in its prompt and {len(item.images)} images"
+    if not item.images and not item.prompt.strip():
+        yield "neither question nor image"
+    if not item.distractors:
+        yield "no distractor"
+    texts = [candidate.strip() for candidate in item.candidates]
+    if not texts[0]:
+        yield "empty answer"
+    if not all(texts[1:]):
+        yield "empty distractor"
+    if repeated := [text for text, count in Counter(texts).items() if text and count > 1]:
+        yield f"duplicate answer {repeated[0]!r}"
+    for name in ("task", "ability"):
+        if not getattr(item, name):
+            yield f"no {name}"
+
+
+def sample_distractors(distractors: Sequence[str], most: int | None, seed: int, item_id: str) -> tuple[str, ...]:
+    """``most`` of an item's distractors, in their order; the same ones for the same seed and id. ``None``: all."""
+    if most is not None:
+        check_at_least_one(max_distractors=most)
+    if most is None or most >= len(distractors):
+        return tuple(distractors)
+    chosen = random.Random(f"{seed}/{item_id}").sample(range(len(distractors)), most)
+    return tuple(distractors[i] for i in sorted(chosen))
+
+
+def load_choice_items(path: str | Path, max_distractors: int | None = None, seed: int = 0) -> list[ChoiceItem]:
+    """Items of one's own from a JSONL file.
+
+    One object a line: ``question`` (``<image>`` where a picture goes), ``answer``, ``distractors`` (a list),
+    ``task``, ``ability``, ``image`` (a file name) or ``images`` (a list of them), relative to the JSONL file, or
+    neither; perhaps ``id`` (else the line's number).
+
+    Args:
+        path: the JSONL file.
+        max_distractors: sample as many where an item has more; ``None`` keeps all.
+        seed: of the sampling.
+
+    Raises:
+        ValueError: for lines that are not JSON objects, or naming all items that cannot be asked (see
+            :func:`check_items`).
+    """
+    path = Path(path)
+    lines = path.read_text("utf-8").splitlines()
+    rows = ((number, _json_object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip())
+    return check_items(_item_of(row, path.parent, f"line {number}", max_distractors, seed) for number, row in rows)
+
+
+def _json_object(path: Path, number: int, line: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: line {number} is not JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: line {number} must be a JSON object, got {type(row).__name__}.")
+    return row
+
+
+def _item_of(
+    row: Mapping[str, Any], folder: Path, default_id: str, max_distractors: int | None, seed: int
+) -> ChoiceItem:
+    item_id = str(row.get("id", default_id))
+    images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
+    return ChoiceItem(
+        id=item_id,
+        prompt=str(row.get("question", "")),
+        answer=str(row.get("answer", "")),
+        distractors=sample_distractors(
+            [str(d) for d in row.get("distractors", [])], max_distractors, seed, item_id
+        ),
+        task=str(row.get("task", "")),
+        ability=str(row.get("ability", "")),
+        images=tuple(folder / name for name in images),
+    )

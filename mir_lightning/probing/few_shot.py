@@ -1,0 +1,202 @@
+"""Few-shot in-context score: answers written after k solved examples, a baseline beside MIR and SDS.
+
+Source of prompts and shots: MM1 (arXiv 2403.09611), evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import string
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Union
+
+from torch import nn
+
+from mir_lightning.functional.checks import check_at_least_one
+from mir_lightning.probing.candidate_scores import CandidateScorer, Forward
+from mir_lightning.probing.choice_items import IMAGE, ChoiceItem
+from mir_lightning.probing.choice_probe import ChoiceProbe
+from mir_lightning.probing.choices import batches_of
+from mir_lightning.probing.isolation import leave_no_trace
+from mir_lightning.probing.ranks import run_items
+from mir_lightning.vlm import find_vlm
+
+CAPTION_PROMPT = f"{IMAGE} A photo of"
+QUESTION_PROMPT = f"{IMAGE} Question: {{question}} Short answer:"
+
+FewShotLike = Union["FewShotProbe", Callable[[], "FewShotProbe"]]
+
+
+class AnswerScore(NamedTuple):
+    """Means over answers.
+
+    Attributes:
+        exact_match: share that equal the right answer, but for case, punctuation and articles.
+        f1: harmonic mean of the shares of words found in the right answer, and of its words found.
+    """
+
+    exact_match: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class FewShotResult:
+    """What a model answers after k examples.
+
+    Attributes:
+        scores: by number of shots, then by task; ``""`` is the mean over tasks.
+        answers: by number of shots, the answers written, in the order of the items.
+        fingerprint: of the probe.
+        seconds: wall-clock time of the evaluation.
+    """
+
+    scores: dict[int, dict[str, AnswerScore]]
+    answers: dict[int, list[str]]
+    fingerprint: str
+    seconds: float
+
+
+class FewShotProbe:
+    """Items to answer, each after k solved examples of its task.
+
+    Args:
+        items: what to answer, their prompts as MM1's (:data:`CAPTION_PROMPT`, :data:`QUESTION_PROMPT`).
+        examples: solved items to show first; of an item's task, drawn by the seed and the item's id.
+        processor: of the model.
+        shots: numbers of examples.
+        seed: of the draw.
+        options: as :class:`~mir_lightning.probing.ChoiceProbe` takes them.
+
+    Raises:
+        ValueError: for shots below 0, a task with fewer examples than shots, or what
+            :class:`~mir_lightning.probing.ChoiceProbe` refuses.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[ChoiceItem],
+        examples: Sequence[ChoiceItem],
+        processor: Any,
+        shots: Sequence[int] = (0, 4, 8),
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        asked = list(items)
+        if not shots or min(shots) < 0:
+            raise ValueError(f"shots must be numbers from 0 on, at least one, got {list(shots)}.")
+        self.probes = {
+            count: ChoiceProbe([_with_shots(item, examples, count, seed) for item in asked], processor, **options)
+            for count in shots
+        }
+
+    @classmethod
+    def of(cls, source: FewShotLike) -> FewShotProbe:
+        """A probe, or what a zero-argument callable makes.
+
+        Raises:
+            TypeError: for anything else.
+        """
+        made = source() if callable(source) else source
+        if not isinstance(made, FewShotProbe):
+            raise TypeError(
+                f"items must be a FewShotProbe or a callable that makes one, got {type(made).__name__}."
+            )
+        return made
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of items and shots."""
+        prints = "".join(f"{count}:{probe.fingerprint}" for count, probe in self.probes.items())
+        return hashlib.sha256(prints.encode()).hexdigest()
+
+
+def _with_shots(item: ChoiceItem, examples: Sequence[ChoiceItem], count: int, seed: int) -> ChoiceItem:
+    """The item after ``count`` solved examples, a line each."""
+    of_task = [example for example in examples if example.task == item.task and example.id != item.id]
+    if len(of_task) < count:
+        raise ValueError(f"examples: task {item.task!r} has {len(of_task)}, {count} shots were asked for.")
+    chosen = random.Random(f"{seed}/{item.id}").sample(of_task, count)
+    shown = "".join(f"{example.prompt} {example.answer}\n" for example in chosen)
+    images = tuple(image for example in chosen for image in example.images)
+    return replace(item, prompt=shown + item.prompt, images=images + item.images)
+
+
+def evaluate_few_shot(
+    model: nn.Module,
+    items: FewShotProbe,
+    max_new_tokens: int = 16,
+    batch_size: int = 8,
+    *,
+    forward: Forward | None = None,
+    distributed: bool = False,
+) -> FewShotResult:
+    """Exact match and F1 of answers that a model writes greedily after k examples.
+
+    An answer ends with its line, or with the tokenizer's end token. The model is left as it was found.
+
+    Args:
+        model: a Hugging Face vision-language model, or a module that holds one.
+        items: what to answer.
+        max_new_tokens: length of an answer.
+        batch_size: answers written at a time.
+        forward: called with a forward's inputs instead of the Hugging Face model.
+        distributed: whether the ranks of the default process group each answer their share of the items.
+
+    Returns:
+        A :class:`FewShotResult`, the same on every rank.
+
+    Raises:
+        ValueError: for a length or batch size below 1.
+    """
+    start = time.perf_counter()
+    check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    vlm = find_vlm(model)
+    answers, scores = {}, {}
+    with leave_no_trace(model):
+        for count, probe in items.probes.items():
+            answers[count] = _answers(
+                CandidateScorer(vlm, probe, "logit", forward, distributed), batch_size, max_new_tokens
+            )
+            scores[count] = _by_task(probe.items, answers[count])
+    return FewShotResult(scores, answers, items.fingerprint, time.perf_counter() - start)
+
+
+def _answers(scorer: CandidateScorer, batch_size: int, count: int) -> list[str]:
+    tokenizer, items = scorer.probe.processor.tokenizer, scorer.probe.items
+
+    def write(batch: Sequence[int]) -> list[str]:
+        rows = scorer.greedy([items[i] for i in batch], count)
+        ended = [
+            row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows
+        ]
+        return [tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0] for row in ended]
+
+    alone = [replace(item, distractors=()) for item in items]  # an answer is one sequence
+    return run_items(batches_of(alone, batch_size), write, scorer.in_step, scorer.device)
+
+
+def _by_task(items: Sequence[ChoiceItem], answers: Sequence[str]) -> dict[str, AnswerScore]:
+    found = {}
+    for task in dict.fromkeys(item.task for item in items):
+        pairs = [(answer, item.answer) for item, answer in zip(items, answers, strict=True) if item.task == task]
+        exact = sum(_words(answer) == _words(right) for answer, right in pairs)
+        found[task] = AnswerScore(exact / len(pairs), sum(token_f1(*pair) for pair in pairs) / len(pairs))
+    whole = [sum(values) / len(found) for values in zip(*found.values(), strict=True)]
+    return {"": AnswerScore(*whole), **found}
+
+
+def token_f1(answer: str, right: str) -> float:
+    """Harmonic mean of precision and recall of an answer's words; case, punctuation and articles do not count."""
+    ours, theirs = Counter(_words(answer)), Counter(_words(right))
+    common = (ours & theirs).total()
+    return 2 * common / (ours.total() + theirs.total()) if common else float(ours == theirs)
+
+
+def _words(text: str) -> list[str]:
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
