@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from mir_lightning import MIRCallback
+from mir_lightning import MIRCallback, SDSCallback
 from mir_lightning.callbacks.reporting import curve_figure, picture_folder
 from mir_lightning.llava.console import MIRProgressBar, closing_report
 from mir_lightning.llava.data import PretrainingData
@@ -36,9 +36,12 @@ class RecipeCLI(LightningCLI):
     preemption = Preemption()
 
     def before_instantiate_classes(self) -> None:
-        """No bar where the Trainer is told to show none."""
-        if self.config[self.subcommand].trainer.enable_progress_bar is False:
-            self._parser(self.subcommand).callback_keys.remove("progress")
+        """No bar where the Trainer is told to show none; no choices without items."""
+        options, callbacks = self.config[self.subcommand], self._parser(self.subcommand).callback_keys
+        if options.trainer.enable_progress_bar is False:
+            callbacks.remove("progress")
+        if not options.data.shapes_choices and options.data.choice_items is None:
+            callbacks.remove("sds")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose runs can be killed and started again."""
@@ -48,9 +51,11 @@ class RecipeCLI(LightningCLI):
         return trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """``--mir``, its probe from the data; ``--checkpoint`` keeps the best by MIR, ``--restart`` the last."""
+        """``--mir`` and ``--sds``, asked of the data; ``--checkpoint`` keeps the best, ``--restart`` the last."""
         parser.add_lightning_class_args(MIRCallback, "mir")
         parser.link_arguments("data", "mir.probe", compute_fn=lambda data: data.probe, apply_on="instantiate")
+        parser.add_lightning_class_args(SDSCallback, "sds")
+        parser.link_arguments("data", "sds.items", compute_fn=lambda data: data.choices, apply_on="instantiate")
         parser.add_lightning_class_args(MIRProgressBar, "progress")
         parser.add_lightning_class_args(ExportingCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelCheckpoint, "restart")

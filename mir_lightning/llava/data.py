@@ -17,7 +17,11 @@ from mir_lightning.llava.collate import ConversationCollator
 from mir_lightning.llava.datasets import RecordsDataset, Replacing, ShapesDataset, TableDataset
 from mir_lightning.llava.images import UnreadableImageError
 from mir_lightning.llava.prompts import ChatPrompt, PlainPrompt
+from mir_lightning.llava.questions import shapes_choices
 from mir_lightning.llava.sampling import EpochBatches
+from mir_lightning.probing.choice_items import load_choice_items
+from mir_lightning.probing.choice_probe import ChoiceProbe
+from mir_lightning.probing.m3_bench import load_m3_bench
 from mir_lightning.probing.pairs import Pair, PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
 
@@ -44,6 +48,9 @@ class PretrainingData(pl.LightningDataModule):
         probe_images: folder of pictures for the probe, with ``probe_texts`` in the manner of the MIR paper.
         probe_texts: folder of texts.
         probe_size: samples of the probe; without ``probe_images`` they are held out of the training data.
+        choice_items: ``.jsonl`` file of multiple-choice items, or an M3-Bench folder, for the Soft Discrimination
+            Score.
+        shapes_choices: items of each built-in task on drawn shapes instead; 0 for none.
         seed: of every draw.
         num_workers: processes that read and draw; 0 does it in the training process.
     """
@@ -66,6 +73,8 @@ class PretrainingData(pl.LightningDataModule):
         probe_images: Path | None = None,
         probe_texts: Path | None = None,
         probe_size: int = 64,
+        choice_items: Path | None = None,
+        shapes_choices: int = 0,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -96,6 +105,8 @@ class PretrainingData(pl.LightningDataModule):
         self.probe_images = probe_images
         self.probe_texts = probe_texts
         self.probe_size = probe_size
+        self.choice_items = choice_items
+        self.shapes_choices = shapes_choices
         self.seed = seed
         self.num_workers = num_workers
         self.unreadable: list[str] = []
@@ -199,6 +210,23 @@ class PretrainingData(pl.LightningDataModule):
         starts = range(0, len(held_out), self.batch_size)
         chunks = [[held_out[i] for i in range(s, min(s + self.batch_size, len(held_out)))] for s in starts]
         return Probe([{k: v for k, v in collate(chunk).items() if k != "unreadable"} for chunk in chunks])
+
+    def choices(self) -> ChoiceProbe:
+        """Multiple-choice items for :class:`~mir_lightning.SDSCallback`, asked as the model is trained to answer.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        processor: Any = self._trainer().lightning_module.processor
+        if self.choice_items is not None:
+            load = load_m3_bench if self.choice_items.is_dir() else load_choice_items
+            items = load(self.choice_items)
+        else:
+            items = shapes_choices(self.shapes_choices, self.seed)
+        template = "{prompt}"
+        if self.prompt == "chat":
+            template = ChatPrompt(processor.tokenizer, self.system).question(template)
+        return ChoiceProbe(items, processor, template)
 
     def _collator(self) -> ConversationCollator:
         processor: Any = self._trainer().lightning_module.processor

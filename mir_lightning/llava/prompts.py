@@ -72,3 +72,8 @@ class ChatPrompt:
             spans.append((now[len(written) :], answers or len(turns) == 1))
             written = now
         return spans
+
+    def question(self, text: str) -> str:
+        """A user's turn, up to where the model's answer begins."""
+        messages = [*self.system, {"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
