@@ -87,8 +87,8 @@ def test_chunked_prefill():
 def test_assisted_decoding(family):
     """Candidates looked up in the prompt: several tokens in one cached step."""
     calibrated, plain = build(family)
-    inputs, mask = lay_out(family, ["t" * 60 + "ItIt"])
-    inputs["input_ids"][~mask] = torch.arange(62) % 60 + 4  # the whole vocabulary first, so that look-ups hit
+    inputs, mask = lay_out(family, ["t" * 57 + "ItIt"])
+    inputs["input_ids"][~mask] = torch.arange(59) % 57 + 4  # the whole vocabulary first, so that look-ups hit
     with reference(plain, calibrated, mask):
         expected = _steps(plain, inputs, use_cache=False)
     lengths = _lengths_of_forwards(calibrated)
