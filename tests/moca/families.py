@@ -111,10 +111,17 @@ FAMILIES = {
 
 def build(family):
     """A calibrated model whose u and v are far from 1 and 0, and a plain one with the same weights."""
+    return _pair(FAMILIES[family][0])
+
+
+def build_llama():
+    """The same of a text model."""
+    return _pair(tiny_llama)
+
+
+def _pair(make):
     torch.manual_seed(0)
-    plain = FAMILIES[family][0]().eval()
-    torch.manual_seed(0)
-    calibrated = FAMILIES[family][0]().eval()
+    plain, calibrated = make().eval(), make().eval()
     calibrated.load_state_dict(plain.state_dict())
     inject_moca(calibrated)
     randomise(calibrated)

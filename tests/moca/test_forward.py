@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mir_lightning import Probe, evaluate_mir
-from mir_lightning.moca import inject_moca, moca_parameters, vision_mask
-from tests.moca.families import FAMILIES, build, lay_out, layers_of, randomise, reference, tiny_llama
+from mir_lightning.moca import moca_parameters, vision_mask
+from tests.moca.families import FAMILIES, build, build_llama, lay_out, layers_of, reference
 
 LAYOUTS = {
     "one image": ["ttItttt", "tIttttt"],
@@ -127,19 +127,9 @@ def test_mir_is_measured_on_calibrated_states():
     assert abs(found.mir - evaluate_mir(plain, Probe([inputs])).mir) > 0.1
 
 
-def _calibrated_llama():
-    torch.manual_seed(0)
-    calibrated = tiny_llama().eval()
-    plain = tiny_llama().eval()
-    plain.load_state_dict(calibrated.state_dict())
-    inject_moca(calibrated)
-    randomise(calibrated)
-    return calibrated, plain
-
-
 @torch.no_grad()
 def test_text_model_driven_by_an_explicit_mask():
-    calibrated, plain = _calibrated_llama()
+    calibrated, plain = build_llama()
     embeds, mask = torch.randn(2, 9, 24), torch.rand(2, 9) < 0.5
     with reference(plain, calibrated, mask):
         expected = plain(inputs_embeds=embeds).logits
@@ -163,7 +153,7 @@ def test_an_explicit_mask_wins():
 
 
 def test_no_mask_is_an_error():
-    calibrated, _ = _calibrated_llama()
+    calibrated, _ = build_llama()
     for inputs in ({"inputs_embeds": torch.randn(1, 4, 24)}, {"input_ids": torch.ones(1, 4, dtype=torch.long)}):
         with pytest.raises(ValueError, match="no vision mask is known: call the model with input_ids, or give"):
             calibrated(**inputs)
@@ -175,7 +165,7 @@ def test_no_mask_is_an_error():
 
 
 def test_an_explicit_mask_that_does_not_fit():
-    calibrated, _ = _calibrated_llama()
+    calibrated, _ = build_llama()
     embeds = torch.randn(2, 9, 24)
     for shape in ((2, 8), (2, 10), (1, 9)):
         with (

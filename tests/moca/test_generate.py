@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mir_lightning.moca import inject_moca, vision_mask
-from tests.moca.families import FAMILIES, build, lay_out, layers_of, randomise, reference, tiny_llama
+from mir_lightning.moca import vision_mask
+from tests.moca.families import FAMILIES, build, build_llama, lay_out, layers_of, randomise, reference
 
 ROWS = ["tIttIt", "ttItt"]
 STEPS = 6
@@ -136,11 +136,7 @@ def test_a_conversation_continued_from_its_cache():
 )
 @torch.no_grad()
 def test_text_model_with_a_mask_of_the_prompt(options):
-    torch.manual_seed(0)
-    calibrated, plain = tiny_llama().eval(), tiny_llama().eval()
-    plain.load_state_dict(calibrated.state_dict())
-    inject_moca(calibrated)
-    randomise(calibrated)
+    calibrated, plain = build_llama()
     prompt = {"input_ids": torch.randint(4, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     mask = torch.rand(2, 9) < 0.5
     beams = options.get("num_beams", 1)
