@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def from_pretrained(
     calibrated: Any = type(model_class.__name__, (model_class,), own)
     model, report = calibrated.from_pretrained(folder, output_loading_info=True, **options)
     model.__class__ = model_class
-    missing = [key for key in report["missing_keys"] if re.search(r"\.moca\.", key)]
+    missing = sorted(key for key in report["missing_keys"] if ".moca." in key)
     if missing:
         raise ValueError(f"{folder} says that it holds MoCa, but {', '.join(missing[:2])} ... are missing.")
     return model
