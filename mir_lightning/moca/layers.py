@@ -35,6 +35,8 @@ class CalibratedLayer(nn.Module):
         """What the layer gives, calibrated; hidden states ``[B, S, d]`` come first where it gives a tuple."""
         mask = kwargs.pop(_KEYWORD) if _KEYWORD in kwargs else self.moca_tracker.current()
         output = super().forward(*args, **kwargs)
+        if mask is None:
+            return output
         if isinstance(output, tuple):
             return (self.moca(output[0], mask), *output[1:])
         return self.moca(output, mask)

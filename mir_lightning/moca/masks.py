@@ -21,11 +21,12 @@ _POSITION_MASK = "image_embeds_position_mask"  # how kosmos-2 and kosmos-2.5 are
 
 
 class _Call(NamedTuple):
-    """A call under way of one of the model objects of ``tracker``."""
+    """A call under way of one of the model objects of ``tracker``; ``idle`` where no position is vision."""
 
     tracker: MaskTracker
     module: nn.Module
     mask: Tensor | None
+    idle: bool
 
 
 class _Thread(threading.local):
@@ -88,13 +89,16 @@ class MaskTracker:
         for handle in self._handles:
             handle.remove()
 
-    def current(self) -> Tensor:
-        """The mask, bool ``[B, S]``, of the innermost forward under way.
+    def current(self) -> Tensor | None:
+        """The mask, bool ``[B, S]``, of the innermost forward under way; None if it has nothing to calibrate.
 
         Raises:
-            ValueError: if none is known.
+            ValueError: if no mask is known.
         """
-        mask = self.noted()
+        call = self.innermost()
+        if call is not None and call.idle:
+            return None
+        mask = None if call is None else call.mask
         if mask is None and _thread.explicit:
             mask = _thread.explicit[-1]
         if mask is None:
@@ -106,11 +110,11 @@ class MaskTracker:
             )
         return mask
 
-    def noted(self) -> Tensor | None:
-        """What the innermost call under way found."""
+    def innermost(self) -> _Call | None:
+        """The innermost call under way."""
         for call in reversed(_thread.calls):
             if call.tracker is self:
-                return call.mask
+                return call
         return None
 
 
@@ -124,7 +128,10 @@ class _Entrance:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        _thread.calls.append(_Call(self._tracker, module, self._mask(inputs)))
+        mask = self._mask(inputs)
+        # Decoding steps have no vision token. In training the parameters stay in the graph, for DDP.
+        in_use = mask is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(mask.any())
+        _thread.calls.append(_Call(self._tracker, module, mask, idle=not in_use))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if _thread.calls and _thread.calls[-1].module is module:
@@ -150,7 +157,8 @@ class _Entrance:
 
     def _inherited(self) -> Tensor | None:
         """An inner model object that is not told goes by the call it is in; the outermost one does not know."""
-        return None if self._outermost else self._tracker.noted()
+        call = None if self._outermost else self._tracker.innermost()
+        return None if call is None else call.mask
 
 
 def _at_positions(mask: Tensor, sequence: Tensor, cache: Any) -> Tensor:

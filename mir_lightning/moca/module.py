@@ -42,7 +42,8 @@ class MoCa(nn.Module):
                 f"{list(vision_mask.shape)}, and needs [B, S, {self.scale.shape[0]}] and [B, S]: the mask is not "
                 "that of this forward, or the model keeps parallel streams and is not supported."
             )
-        calibrated = torch.addcmul(self.shift.float(), self.scale.float(), hidden.float()).to(hidden.dtype)
+        # Promoted to float32 inside, so that autograd keeps the hidden states in their own dtype.
+        calibrated = torch.addcmul(self.shift.float(), self.scale.float(), hidden).to(hidden.dtype)
         return torch.where(vision_mask.to(hidden.device).unsqueeze(-1), calibrated, hidden)
 
     def extra_repr(self) -> str:

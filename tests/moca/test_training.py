@@ -114,13 +114,18 @@ def test_a_batch_without_images_trains_nothing_but_has_gradients():
         assert torch.equal(parameter.grad, torch.zeros(24))
 
 
-def test_padding_and_text_do_not_reach_the_parameters():
-    """Only vision positions enter the sums: against the gradient by hand."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_module(dtype):
+    """Only vision positions enter the sums: against the gradient by hand, in float64."""
     moca = MoCa(5, init_std=0.5)
-    hidden, mask, weight = torch.randn(2, 4, 5), torch.rand(2, 4) < 0.5, torch.randn(2, 4, 5)
+    hidden = torch.randn(2, 4, 5, dtype=dtype, requires_grad=True)
+    mask, weight = torch.rand(2, 4) < 0.5, torch.randn(2, 4, 5).to(dtype)
     (moca(hidden, mask) * weight).sum().backward()
-    torch.testing.assert_close(moca.shift.grad, weight[mask].sum(0))
-    torch.testing.assert_close(moca.scale.grad, (weight * hidden)[mask].sum(0))
+    exact = (weight.double() * hidden.detach().double())[mask].sum(0)
+    torch.testing.assert_close(moca.scale.grad.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moca.shift.grad.double(), weight.double()[mask].sum(0), rtol=1e-5, atol=1e-5)
+    of_hidden = torch.where(mask[..., None], weight.double() * moca.scale.detach().double(), weight.double())
+    torch.testing.assert_close(hidden.grad, of_hidden.to(dtype))
 
 
 def test_arithmetic_is_float32_in_half_precision():
@@ -176,19 +181,25 @@ def test_compiled_model():
             torch.testing.assert_close(gradient, gradients[name])
 
 
-@pytest.mark.parametrize("way", ["in place", "wrapped"])
-def test_compiled_layers(way):
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("way", ["layers in place", "layers wrapped", "language model"])
+def test_compiled_parts(way, gradients):
+    """Inputs of one shape: with the image here, there, nowhere."""
     torch._dynamo.reset()
     model, _ = build("llava")
-    expected = [model(**batch).logits for batch in _batches()]
-    layers = layers_of(model)
-    for index, layer in enumerate(layers):
-        if way == "in place":
-            layer.compile(backend="eager")
-        else:
-            layers[index] = torch.compile(layer, backend="eager")
-    for batch, logits in zip(_batches(), expected, strict=True):
-        assert torch.equal(model(**batch).logits, logits)
+    batches = [lay_out("llava", [row])[0] for row in ("tIttt", "t" * 14, "tttIt", "t" * 14)]
+    with torch.set_grad_enabled(gradients):
+        expected = [model(**batch).logits for batch in batches]
+        layers = layers_of(model)
+        for index, layer in enumerate(layers):
+            if way == "layers in place":
+                layer.compile(backend="eager")
+            elif way == "layers wrapped":
+                layers[index] = torch.compile(layer, backend="eager")
+        if way == "language model":
+            model.model.language_model.compile(backend="eager")
+        for batch, logits in zip(batches, expected, strict=True):
+            assert torch.equal(model(**batch).logits, logits)
     assert len(moca_parameters(model)) == 6
 
 
