@@ -40,6 +40,7 @@ bench: $(INSTALLED)  ## time and memory, as ratios in one run
 	$(BIN)/python -m tests.benchmarks.square_root --sqrtm
 	$(BIN)/python -m tests.benchmarks.accumulation
 	$(BIN)/python -m tests.benchmarks.official
+	$(BIN)/python -m tests.benchmarks.moca
 
 docs: $(INSTALLED)  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict

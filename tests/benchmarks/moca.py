@@ -87,8 +87,9 @@ def main():
     for name in ways:
         plain, calibrated = (min(seconds[name, with_moca]) for with_moca in (False, True))
         print(f"{name:<20}{plain:>9.3f} s{calibrated:>9.3f} s with MoCa, ratio {calibrated / plain:.3f}")
+    ratio = saved[True] / saved[False]
     print(
-        f"{'saved for backward':<20}{saved[False]:>7.0f} MiB{saved[True]:>7.0f} MiB, {saved[True] / saved[False]:.3f}"
+        f"{'saved for backward':<20}{saved[False]:>7.0f} MiB{saved[True]:>7.0f} MiB with MoCa, ratio {ratio:.3f}"
     )
 
 

@@ -9,6 +9,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
+    Kosmos2Config,
+    Kosmos2ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2VLConfig,
@@ -83,6 +85,18 @@ def _gemma3():
     )
 
 
+def _kosmos2():
+    text = {"embed_dim": 24, "layers": 3, "ffn_dim": 48, "attention_heads": 2, "vocab_size": 64}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 64}
+    return Kosmos2ForConditionalGeneration(
+        Kosmos2Config(
+            text_config={**text, **special},
+            vision_config={**_VISION, "image_size": 8, "patch_size": 4},
+            latent_query_num=4,
+        )
+    )
+
+
 def _images(count, size):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
@@ -117,6 +131,11 @@ def build(family):
 def build_llama():
     """The same of a text model."""
     return _pair(tiny_llama)
+
+
+def build_kosmos2():
+    """The same of a model that is told where its vision tokens are, and generates with an inner model."""
+    return _pair(_kosmos2)
 
 
 def _pair(make):

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from mir_lightning.moca import vision_mask
-from tests.moca.families import FAMILIES, build, build_llama, lay_out, layers_of, randomise, reference
+from tests.moca.families import (
+    FAMILIES,
+    build,
+    build_kosmos2,
+    build_llama,
+    lay_out,
+    layers_of,
+    randomise,
+    reference,
+)
 
 ROWS = ["tIttIt", "ttItt"]
 STEPS = 6
@@ -128,6 +137,27 @@ def test_a_conversation_continued_from_its_cache():
     cache = calibrated(input_ids=inputs["input_ids"][:, :13], pixel_values=first).past_key_values
     found = _steps(calibrated, {**inputs, "pixel_values": second}, past_key_values=cache)
     _assert_same(found, expected_steps)
+
+
+@torch.no_grad()
+def test_a_model_that_is_told_the_positions():
+    """kosmos-2 has no placeholder token; without an image in the call there is no vision token."""
+    calibrated, plain = build_kosmos2()
+    mask = torch.zeros(2, 11, dtype=torch.bool)
+    mask[:, 2:6] = True
+    inputs = {
+        "input_ids": torch.randint(4, 60, (2, 11)),
+        "attention_mask": torch.ones(2, 11, dtype=torch.long),
+        "pixel_values": torch.randn(2, 3, 8, 8),
+        "image_embeds_position_mask": mask.long(),
+    }
+    with reference(plain, calibrated, mask):
+        expected = plain(**inputs).logits
+        expected_ids = plain.generate(**inputs, **GREEDY, use_cache=False)
+    torch.testing.assert_close(calibrated(**inputs).logits, expected, rtol=0, atol=1e-5)
+    assert torch.equal(calibrated.generate(**inputs, **GREEDY), expected_ids)
+    text = {"input_ids": inputs["input_ids"]}
+    assert torch.equal(calibrated.text_model(**text).logits, plain.text_model(**text).logits)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import weakref
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
@@ -180,6 +181,20 @@ def test_wrapped_too_early():
     with pytest.raises(ValueError, match=r"is sharded, compiled or dispatched .* \(OptimizedModule\): inject"):
         inject_moca(model)
     assert not any(isinstance(m, CalibratedLayer) for m in model.modules())
+
+
+def test_layers_with_a_forward_of_their_own():
+    """accelerate replaces ``forward`` on the object: of a calibrated layer that is fine, before it is refused."""
+    model, _ = build("llava")
+    inputs, _ = lay_out("llava", ROWS)
+    expected = model(**inputs).logits
+    for layer in layers_of(model):
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert torch.equal(model(**inputs).logits, expected)
+    dispatched = tiny_llava()
+    add_hook_to_module(layers_of(dispatched)[1], AlignDevicesHook(execution_device="cpu"))
+    with pytest.raises(ValueError, match=r"or dispatched to a device already \(LlamaDecoderLayer\): inject MoCa"):
+        inject_moca(dispatched)
 
 
 def test_cross_attention_is_refused():
