@@ -172,5 +172,5 @@ def _at_positions(mask: Tensor, sequence: Tensor, cache: Any) -> Tensor:
             f"the vision mask {list(mask.shape)} given by vision_mask does not fit a forward of {rows} rows and "
             f"{length} positions{'' if cache is None else f' after {start} in the cache'}."
         )
-    part = mask[:, start : start + length]
+    part = mask[:, start : start + length].to(sequence.device)
     return nn.functional.pad(part, (0, length - part.shape[1]))

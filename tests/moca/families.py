@@ -5,6 +5,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Idefics3Config,
@@ -36,6 +38,13 @@ _VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "
 
 def tiny_llama(layers=3):
     return LlamaForCausalLM(LlamaConfig(**{**_TEXT, "num_hidden_layers": layers}))
+
+
+def tiny_falcon():
+    """Its layers give tuples."""
+    return FalconForCausalLM(
+        FalconConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, vocab_size=64, pad_token_id=0)
+    )
 
 
 def _qwen2_vl():
@@ -128,9 +137,9 @@ def build(family):
     return _pair(FAMILIES[family][0])
 
 
-def build_llama():
+def build_text(make=tiny_llama):
     """The same of a text model."""
-    return _pair(tiny_llama)
+    return _pair(make)
 
 
 def build_kosmos2():

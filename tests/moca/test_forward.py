@@ -7,7 +7,7 @@ import torch
 
 from mir_lightning import Probe, evaluate_mir
 from mir_lightning.moca import moca_parameters, vision_mask
-from tests.moca.families import FAMILIES, build, build_llama, lay_out, layers_of, reference
+from tests.moca.families import FAMILIES, build, build_text, lay_out, layers_of, reference, tiny_falcon, tiny_llama
 
 LAYOUTS = {
     "one image": ["ttItttt", "tIttttt"],
@@ -100,6 +100,23 @@ def test_packed_sequences():
 
 
 @torch.no_grad()
+def test_video_and_image_in_one_sample():
+    calibrated, plain = build("qwen2_vl")
+    inputs, mask = lay_out("qwen2_vl", ["tIttItt"])
+    video = torch.zeros_like(mask)
+    video[:, 7:11] = True  # the second image is a video instead
+    assert mask[video].all()
+    inputs["input_ids"][video] = calibrated.config.video_token_id
+    inputs["mm_token_type_ids"][video] = 2
+    patches, grid = inputs["pixel_values"], inputs["image_grid_thw"]
+    inputs |= {"pixel_values": patches[:16], "image_grid_thw": grid[:1]}
+    inputs |= {"pixel_values_videos": patches[16:], "video_grid_thw": grid[1:]}
+    with reference(plain, calibrated, mask):
+        expected = plain(**inputs).logits
+    torch.testing.assert_close(calibrated(**inputs).logits, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_positional_input_ids():
     calibrated, plain = build("llava")
     inputs, mask = lay_out("llava", ["tIt"])
@@ -127,17 +144,17 @@ def test_mir_is_measured_on_calibrated_states():
     assert abs(found.mir - evaluate_mir(plain, Probe([inputs])).mir) > 0.1
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_falcon])
 @torch.no_grad()
-def test_text_model_driven_by_an_explicit_mask():
-    calibrated, plain = build_llama()
+def test_text_model_driven_by_an_explicit_mask(make):
+    calibrated, plain = build_text(make)
     embeds, mask = torch.randn(2, 9, 24), torch.rand(2, 9) < 0.5
     with reference(plain, calibrated, mask):
         expected = plain(inputs_embeds=embeds).logits
     with vision_mask(mask):
         torch.testing.assert_close(calibrated(inputs_embeds=embeds).logits, expected)
-        torch.testing.assert_close(
-            calibrated.lm_head(calibrated.model(inputs_embeds=embeds).last_hidden_state), expected
-        )
+        inner = calibrated.base_model(inputs_embeds=embeds).last_hidden_state
+        torch.testing.assert_close(calibrated.lm_head(inner), expected)
     assert (expected - plain(inputs_embeds=embeds).logits).abs().max() > 0.1
 
 
@@ -153,7 +170,7 @@ def test_an_explicit_mask_wins():
 
 
 def test_no_mask_is_an_error():
-    calibrated, _ = build_llama()
+    calibrated, _ = build_text()
     for inputs in ({"inputs_embeds": torch.randn(1, 4, 24)}, {"input_ids": torch.ones(1, 4, dtype=torch.long)}):
         with pytest.raises(ValueError, match="no vision mask is known: call the model with input_ids, or give"):
             calibrated(**inputs)
@@ -165,7 +182,7 @@ def test_no_mask_is_an_error():
 
 
 def test_an_explicit_mask_that_does_not_fit():
-    calibrated, _ = build_llama()
+    calibrated, _ = build_text()
     embeds = torch.randn(2, 9, 24)
     for shape in ((2, 8), (2, 10), (1, 9)):
         with (

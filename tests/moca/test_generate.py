@@ -8,7 +8,7 @@ from tests.moca.families import (
     FAMILIES,
     build,
     build_kosmos2,
-    build_llama,
+    build_text,
     lay_out,
     layers_of,
     randomise,
@@ -166,7 +166,7 @@ def test_a_model_that_is_told_the_positions():
 )
 @torch.no_grad()
 def test_text_model_with_a_mask_of_the_prompt(options):
-    calibrated, plain = build_llama()
+    calibrated, plain = build_text()
     prompt = {"input_ids": torch.randint(4, 60, (2, 9)), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
     mask = torch.rand(2, 9) < 0.5
     beams = options.get("num_beams", 1)

@@ -7,7 +7,7 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from mir_lightning.moca import MoCa, inject_moca, moca_parameters, remove_moca, vision_mask
-from tests.moca.families import FAMILIES, build, build_llama, lay_out, layers_of, reference
+from tests.moca.families import FAMILIES, build, build_text, lay_out, layers_of, reference
 
 ROWS = (["tIttIt"], ["ItttIt"], ["ttIttI"])
 
@@ -80,7 +80,7 @@ def test_recomputation_in_another_thread():
 
 
 def test_checkpointing_with_an_explicit_mask():
-    model, _ = build_llama()
+    model, _ = build_text()
     model.train()
     embeds, mask, labels = torch.randn(2, 9, 24), torch.rand(2, 9) < 0.5, torch.randint(4, 60, (2, 9))
     results = []
@@ -207,7 +207,7 @@ def test_compiled_parts(way, gradients):
 @torch.no_grad()
 def test_injected_into_and_removed_from_a_warm_compiled_model(compiled_layers):
     torch._dynamo.reset()
-    calibrated, plain = build_llama()
+    calibrated, plain = build_text()
     if compiled_layers:
         model = plain
         for layer in layers_of(plain):
@@ -227,7 +227,7 @@ def test_injected_into_and_removed_from_a_warm_compiled_model(compiled_layers):
 @torch.no_grad()
 def test_compiled_model_with_explicit_masks_in_one_graph():
     torch._dynamo.reset()
-    model, _ = build_llama()
+    model, _ = build_text()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     embeds = torch.randn(2, 9, 24)
     for _ in range(3):
