@@ -102,7 +102,6 @@ def from_pretrained(
         "__init__": initialise,
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
-        "_keep_in_fp32_modules_strict": {*(model_class._keep_in_fp32_modules_strict or ()), "moca"},
     }
     calibrated: Any = type(model_class.__name__, (model_class,), own)
     model, report = calibrated.from_pretrained(folder, output_loading_info=True, **options)

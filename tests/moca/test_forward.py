@@ -179,6 +179,19 @@ def test_no_mask_is_an_error():
         vlm(inputs_embeds=torch.randn(1, 4, 24))
     with pytest.raises(ValueError, match="no vision mask is known"):
         layers_of(vlm)[0](torch.randn(1, 4, 24))
+    with pytest.raises(ValueError, match="no vision mask is known"):
+        layers_of(vlm)[0].forward(torch.randn(1, 4, 24))
+
+
+def test_another_models_mask_is_not_taken():
+    """A text model run inside a vision-language model's forward, on as many positions."""
+    outer, _ = build("llava")
+    inner, _ = build_text()
+    inputs, mask = lay_out("llava", ["tIt"])
+    embeds = torch.randn(*mask.shape, 24)
+    layers_of(outer)[0].register_forward_hook(lambda *_: inner.model.layers[0](embeds))
+    with pytest.raises(ValueError, match="no vision mask is known"):
+        outer(**inputs)
 
 
 def test_an_explicit_mask_that_does_not_fit():
