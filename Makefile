@@ -42,6 +42,7 @@ bench: $(INSTALLED)  ## time and memory, as ratios in one run
 	$(BIN)/python -m tests.benchmarks.official
 	$(BIN)/python -m tests.benchmarks.script
 	$(BIN)/python -m tests.benchmarks.choices
+	$(BIN)/python -m tests.benchmarks.moca
 
 docs: $(INSTALLED)  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict
