@@ -25,7 +25,7 @@ demo-unfrozen: $(INSTALLED)  ## the same with the LLM unfrozen
 	$(BIN)/python recipes/llava_pretrain.py fit --config recipes/configs/demo_unfrozen.yaml
 
 test: $(INSTALLED)  ## the whole suite, but for slow checks
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(INSTALLED)  ## checks that take minutes
 	$(BIN)/python -m pytest -q -m slow

@@ -17,7 +17,9 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-import mir_lightning.llava.backbones  # noqa: F401  (models saved by the recipe name its vision encoder)
+from mir_lightning.llava.backbones import load_vlm  # registers the vision encoder of the packaged model, too
+from mir_lightning.moca import inject_moca
+from mir_lightning.moca.inject import CONFIG_FLAG
 
 _VLM_PREFIX = "vlm."  # where the recipe's LightningModule keeps the model
 
@@ -51,7 +53,7 @@ def load_model(source: str, options: argparse.Namespace) -> nn.Module:
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if options.device_map is not None:
         arguments["device_map"] = options.device_map
-    model = AutoModelForImageTextToText.from_pretrained(base_of_adapter(source) or source, **arguments)
+    model = load_vlm(base_of_adapter(source) or source, **arguments)
     if base_of_adapter(source):
         from peft import PeftModel
 
@@ -85,6 +87,10 @@ def _from_lightning_checkpoint(path: Path) -> PreTrainedModel:
     config = AutoConfig.for_model(**checkpoint["vlm_config"])
     model = AutoModelForImageTextToText.from_config(config)
     state = checkpoint["state_dict"]
+    if any(".lora_" in name for name in state):
+        raise ValueError(f"{path} holds LoRA adapters: evaluate the folder of the same name beside it, merged.")
+    if getattr(config, CONFIG_FLAG, False):
+        inject_moca(model)
     model.load_state_dict({k.removeprefix(_VLM_PREFIX): v for k, v in state.items() if k.startswith(_VLM_PREFIX)})
     return model
 

