@@ -36,7 +36,7 @@ class Probe:
         >>> import torch
         >>> probe = Probe([{"input_ids": torch.tensor([[1, 7, 7, 2]])}])
         >>> len(probe), probe.fingerprint[:8]
-        (1, '02927d79')
+        (1, '1f03cf85')
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
