@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mir_lightning import MIRCallback, SDSCallback
+from mir_lightning.callbacks.few_shot import FewShotCallback
 from mir_lightning.callbacks.reporting import curve_figure, picture_folder
 from mir_lightning.llava.console import MIRProgressBar, closing_report
 from mir_lightning.llava.data import PretrainingData
@@ -36,12 +37,14 @@ class RecipeCLI(LightningCLI):
     preemption = Preemption()
 
     def before_instantiate_classes(self) -> None:
-        """No bar where the Trainer is told to show none; no choices without items."""
+        """No bar where the Trainer is told to show none; no choices and no few-shot answers without items."""
         options, callbacks = self.config[self.subcommand], self._parser(self.subcommand).callback_keys
         if options.trainer.enable_progress_bar is False:
             callbacks.remove("progress")
         if not options.data.shapes_choices and options.data.choice_items is None:
             callbacks.remove("sds")
+        if not options.data.shapes_few_shot:
+            callbacks.remove("few_shot")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose runs can be killed and started again."""
@@ -56,6 +59,10 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("data", "mir.probe", compute_fn=lambda data: data.probe, apply_on="instantiate")
         parser.add_lightning_class_args(SDSCallback, "sds")
         parser.link_arguments("data", "sds.items", compute_fn=lambda data: data.choices, apply_on="instantiate")
+        parser.add_lightning_class_args(FewShotCallback, "few_shot")
+        parser.link_arguments(
+            "data", "few_shot.items", compute_fn=lambda data: data.few_shot, apply_on="instantiate"
+        )
         parser.add_lightning_class_args(MIRProgressBar, "progress")
         parser.add_lightning_class_args(ExportingCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelCheckpoint, "restart")

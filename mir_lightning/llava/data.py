@@ -17,10 +17,11 @@ from mir_lightning.llava.collate import ConversationCollator
 from mir_lightning.llava.datasets import RecordsDataset, Replacing, ShapesDataset, TableDataset
 from mir_lightning.llava.images import UnreadableImageError
 from mir_lightning.llava.prompts import ChatPrompt, PlainPrompt
-from mir_lightning.llava.questions import shapes_choices
+from mir_lightning.llava.questions import shapes_choices, shapes_few_shot
 from mir_lightning.llava.sampling import EpochBatches
 from mir_lightning.probing.choice_items import load_choice_items
 from mir_lightning.probing.choice_probe import ChoiceProbe
+from mir_lightning.probing.few_shot import FewShotProbe
 from mir_lightning.probing.m3_bench import load_m3_bench
 from mir_lightning.probing.pairs import Pair, PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
@@ -51,6 +52,8 @@ class PretrainingData(pl.LightningDataModule):
         choice_items: ``.jsonl`` file of multiple-choice items, or an M3-Bench folder, for the Soft Discrimination
             Score.
         shapes_choices: items of each built-in task on drawn shapes instead; 0 for none.
+        shapes_few_shot: captions and short answers on drawn shapes, of each task, for the few-shot baseline; 0 for
+            none.
         seed: of every draw.
         num_workers: processes that read and draw; 0 does it in the training process.
     """
@@ -75,6 +78,7 @@ class PretrainingData(pl.LightningDataModule):
         probe_size: int = 64,
         choice_items: Path | None = None,
         shapes_choices: int = 0,
+        shapes_few_shot: int = 0,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -107,6 +111,7 @@ class PretrainingData(pl.LightningDataModule):
         self.probe_size = probe_size
         self.choice_items = choice_items
         self.shapes_choices = shapes_choices
+        self.shapes_few_shot = shapes_few_shot
         self.seed = seed
         self.num_workers = num_workers
         self.unreadable: list[str] = []
@@ -227,6 +232,12 @@ class PretrainingData(pl.LightningDataModule):
         if self.prompt == "chat":
             template = ChatPrompt(processor.tokenizer, self.system).question(template)
         return ChoiceProbe(items, processor, template)
+
+    def few_shot(self) -> FewShotProbe:
+        """Built-in captions and short answers after 0, 4 and 8 examples, with MM1's prompts."""
+        processor: Any = self._trainer().lightning_module.processor
+        items, examples = shapes_few_shot(self.shapes_few_shot, self.seed)
+        return FewShotProbe(items, examples, processor)
 
     def _collator(self) -> ConversationCollator:
         processor: Any = self._trainer().lightning_module.processor

@@ -3,6 +3,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 
 from mir_lightning.functional import modality_integration_rate
 from mir_lightning.probing import Probe, evaluate_mir
@@ -238,3 +239,15 @@ def test_a_sample_of_tokens_of_the_middle_or_a_chosen_layer(probe):
             assert 50 < len(sample) <= len(tokens[layer - 1])
             distances = torch.cdist(sample.double(), tokens[layer - 1].double()).min(dim=1).values
             assert distances.max() < 1e-4
+
+
+def test_in_a_fabric_loop(probe):
+    expected = evaluate_mir(tiny_llava().eval(), probe)
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    plain = tiny_llava()
+    model, optimizer = fabric.setup(plain, torch.optim.SGD(plain.parameters(), lr=1e-3))
+    result = evaluate_mir(model, probe, forward=model)
+    assert result.mir != expected.mir  # entered through Fabric's wrapper, so in its precision
+    assert result.mir == pytest.approx(expected.mir, abs=0.02)
+    fabric.backward(model(**tiny_batch()).loss)
+    optimizer.step()

@@ -17,6 +17,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from mir_lightning.report import read_run
 from tests.families import TEXT, VISION
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -48,7 +49,7 @@ def weights(tmp_path_factory, tiny_processor):
     return root
 
 
-def _two_steps(recipe, tmp_path, weights, *configs, model="llava15_7b"):
+def _two_steps(recipe, tmp_path, weights, *configs, model="llava15_7b", after=()):
     small = {
         "trainer": {
             "accelerator": "cpu",
@@ -64,7 +65,7 @@ def _two_steps(recipe, tmp_path, weights, *configs, model="llava15_7b"):
         "mir": {"every_n_steps": 1},
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
-    files = [*configs, tmp_path / "small.yaml"]
+    files = [*configs, tmp_path / "small.yaml", *after]
     recipe.main(["fit", *(part for file in files for part in ("--config", str(file)))])
 
 
@@ -77,9 +78,28 @@ def test_two_steps_of_every_schedule(recipe, tmp_path, weights, capsys, schedule
     assert (tmp_path / "run" / "model" / "adapter").is_dir() == (schedule == "lora")
 
 
-def test_two_steps_of_the_small_pair(recipe, tmp_path, weights):
-    _two_steps(recipe, tmp_path, weights, CONFIGS / "models" / "smollm2_siglip.yaml", model="smollm2_siglip")
+def test_two_steps_of_the_small_pair_with_all_that_can_be_measured(recipe, tmp_path, weights):
+    more = {
+        "trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger"}},
+        "data": {"shapes_choices": 1, "shapes_few_shot": 1},
+        "sds": {"every_n_steps": 2},
+        "few_shot": {"every_n_steps": 2, "max_new_tokens": 2},
+    }
+    more["trainer"]["logger"]["init_args"] = {"save_dir": str(tmp_path)}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
+    files = [CONFIGS / "models" / "smollm2_siglip.yaml"]
+    _two_steps(recipe, tmp_path, weights, *files, model="smollm2_siglip", after=[tmp_path / "more.yaml"])
     assert (tmp_path / "run" / "checkpoints" / "finished").exists()
+    curves = read_run(tmp_path).curves
+    for name in (
+        "mir",
+        "mir_probe/perplexity",
+        "sds/perception",
+        "sds/reasoning",
+        "few_shot/em_8",
+        "few_shot/f1_0",
+    ):
+        assert [step for step, _ in curves[name]] == ([0, 1, 2] if name.startswith("mir") else [0, 2]), name
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)
