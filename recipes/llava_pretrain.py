@@ -6,14 +6,17 @@ Every option: ``fit --help``; the configuration a command would run: add ``--pri
 on where an interrupted run stopped.
 """
 
+from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mir_lightning import MIRCallback, SDSCallback
+from mir_lightning.callbacks.captions import CaptionCallback
 from mir_lightning.callbacks.few_shot import FewShotCallback
 from mir_lightning.callbacks.reporting import curve_figure, picture_folder
 from mir_lightning.llava.console import MIRProgressBar, closing_report
@@ -29,6 +32,34 @@ from mir_lightning.llava.restart import (
     interrupted_run,
     mark_finished,
 )
+from mir_lightning.llava.throughput import Throughput
+
+
+@dataclass(frozen=True)
+class ProbeFolders:
+    """What to measure MIR on, instead of samples held out of the training data.
+
+    Args:
+        images: folder of pictures; picture i goes with text i, as in the MIR paper.
+        texts: folder of ``.txt``, ``.story`` or ``.jsonl`` files.
+    """
+
+    images: Path | None = None
+    texts: Path | None = None
+
+
+class RecipeMIR(MIRCallback):
+    """:class:`MIRCallback` on a probe that the data makes; all its options."""
+
+    def __init__(self, probe: ProbeFolders = ProbeFolders(), **options: Any) -> None:
+        super().__init__(probe=(), **options)
+        self.folders = probe
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the probe."""
+        data: PretrainingData = trainer.datamodule  # type: ignore[attr-defined]
+        self.probe = data.probe(self.folders.images, self.folders.texts)
+        super().on_fit_start(trainer, pl_module)
 
 
 class RecipeCLI(LightningCLI):
@@ -37,10 +68,14 @@ class RecipeCLI(LightningCLI):
     preemption = Preemption()
 
     def before_instantiate_classes(self) -> None:
-        """No bar where the Trainer is told to show none; no choices and no few-shot answers without items."""
+        """No bar where the Trainer is told to show none; nothing is asked without items."""
         options, callbacks = self.config[self.subcommand], self._parser(self.subcommand).callback_keys
         if options.trainer.enable_progress_bar is False:
             callbacks.remove("progress")
+        if options.trainer.logger is False:
+            callbacks.remove("throughput")
+        if not options.data.caption_pictures:
+            callbacks.remove("captions")
         if not options.data.shapes_choices and options.data.choice_items is None:
             callbacks.remove("sds")
         if not options.data.shapes_few_shot:
@@ -54,15 +89,18 @@ class RecipeCLI(LightningCLI):
         return trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """``--mir`` and ``--sds``, asked of the data; ``--checkpoint`` keeps the best, ``--restart`` the last."""
-        parser.add_lightning_class_args(MIRCallback, "mir")
-        parser.link_arguments("data", "mir.probe", compute_fn=lambda data: data.probe, apply_on="instantiate")
-        parser.add_lightning_class_args(SDSCallback, "sds")
-        parser.link_arguments("data", "sds.items", compute_fn=lambda data: data.choices, apply_on="instantiate")
-        parser.add_lightning_class_args(FewShotCallback, "few_shot")
-        parser.link_arguments(
-            "data", "few_shot.items", compute_fn=lambda data: data.few_shot, apply_on="instantiate"
-        )
+        """``--mir`` and what else is asked of the model; ``--checkpoint`` keeps the best, ``--restart`` last."""
+        parser.add_lightning_class_args(RecipeMIR, "mir")
+        for callback, name, items in (
+            (SDSCallback, "sds", attrgetter("choices")),
+            (FewShotCallback, "few_shot", attrgetter("few_shot")),
+            (CaptionCallback, "captions", attrgetter("captions")),
+        ):
+            parser.add_lightning_class_args(callback, name)
+            parser.link_arguments("data", f"{name}.items", compute_fn=items, apply_on="instantiate")
+        for when in ("every_n_steps", "at_steps"):
+            parser.link_arguments(f"mir.{when}", f"captions.{when}")
+        parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(MIRProgressBar, "progress")
         parser.add_lightning_class_args(ExportingCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ModelCheckpoint, "restart")

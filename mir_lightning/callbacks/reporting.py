@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from mir_lightning.probing.evaluate import MIRResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 # Okabe and Ito: told apart with any colour vision.
 _MEAN_COLOUR, _COV_COLOUR, _LOSS_COLOUR = "#0072B2", "#E69F00", "#009E73"
@@ -212,6 +214,27 @@ def ability_figure(steps: Sequence[int], scores: Mapping[str, Sequence[Sequence[
     )
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def caption_figure(
+    images: Sequence[Image], captions: Sequence[str], references: Sequence[str], step: int
+) -> Figure:
+    """Pictures with what the model writes about each, and in grey the reference."""
+    figure = _figure()
+    figure.set_size_inches(2.6 * len(images), 3.6)
+    panels = figure.subplots(1, len(images), squeeze=False)[0]
+    for axes, image, caption, reference in zip(panels, images, captions, references, strict=True):
+        axes.imshow(image)
+        axes.set(xticks=[], yticks=[])
+        lines = [*textwrap.wrap(caption.strip() or "(nothing)", 30)[:6], ""]
+        axes.text(0, -0.04, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=8, parse_math=False)
+        below = -0.04 - 0.07 * len(lines)
+        grey = "\n".join(textwrap.wrap(reference, 30)[:4])
+        axes.text(
+            0, below, grey, transform=axes.transAxes, va="top", fontsize=8, color="#767676", parse_math=False
+        )
+    figure.suptitle(f"Step {step}: captions written by the model; in grey, the reference", fontsize=10)
     return figure
 
 

@@ -11,17 +11,12 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedModel,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-from mir_lightning.llava.backbones import load_vlm  # registers the vision encoder of the packaged model, too
-from mir_lightning.moca import inject_moca
-from mir_lightning.moca.inject import CONFIG_FLAG
-
-_VLM_PREFIX = "vlm."  # where the recipe's LightningModule keeps the model
+from mir_lightning.llava import backbones  # noqa: F401  registers the packaged model's vision encoder
+from mir_lightning.llava.saved import has_processor, load_vlm, processor_place
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +43,11 @@ def load_model(source: str, options: argparse.Namespace) -> nn.Module:
     """
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
     if source.endswith(".ckpt"):
-        model: nn.Module = _from_lightning_checkpoint(Path(source))
-        return model.to(_device(options), dtype).eval()
+        return nn.Module.to(load_vlm(source), _device(options), dtype).eval()
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
     if options.device_map is not None:
         arguments["device_map"] = options.device_map
-    model = load_vlm(base_of_adapter(source) or source, **arguments)
+    model: nn.Module = load_vlm(base_of_adapter(source) or source, **arguments)
     if base_of_adapter(source):
         from peft import PeftModel
 
@@ -80,21 +74,6 @@ def base_of_adapter(source: str) -> str | None:
     return str(base)
 
 
-def _from_lightning_checkpoint(path: Path) -> PreTrainedModel:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if "vlm_config" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of the recipe: it does not hold the model's config.")
-    config = AutoConfig.for_model(**checkpoint["vlm_config"])
-    model = AutoModelForImageTextToText.from_config(config)
-    state = checkpoint["state_dict"]
-    if any(".lora_" in name for name in state):
-        raise ValueError(f"{path} holds LoRA adapters: evaluate the folder of the same name beside it, merged.")
-    if getattr(config, CONFIG_FLAG, False):
-        inject_moca(model)
-    model.load_state_dict({k.removeprefix(_VLM_PREFIX): v for k, v in state.items() if k.startswith(_VLM_PREFIX)})
-    return model
-
-
 def load_processor(source: str, options: argparse.Namespace) -> Any:
     """The processor of a model: ``--processor``, or beside the model, its adapter's base, or its checkpoint.
 
@@ -104,25 +83,14 @@ def load_processor(source: str, options: argparse.Namespace) -> Any:
     """
     places = [options.processor, source, base_of_adapter(source)]
     if options.processor is None and source.endswith(".ckpt"):
-        places = [_beside_checkpoint(Path(source))]
-    elif options.processor is None and base_of_adapter(source) and not _has_processor(source):
+        places = [processor_place(source)]
+    elif options.processor is None and base_of_adapter(source) and not has_processor(Path(source)):
         places = [base_of_adapter(source)]
     place = next(place for place in places if place)
     try:
         return AutoProcessor.from_pretrained(place)
     except ImportError as error:
         return _without_video_processor(place, error)
-
-
-def _has_processor(folder: str) -> bool:
-    return any((Path(folder) / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
-
-
-def _beside_checkpoint(path: Path) -> str:
-    for folder in path.resolve().parents:
-        if _has_processor(str(folder / "processor")):
-            return str(folder / "processor")
-    raise ValueError(f"{path}: no folder named processor beside it or above it; give --processor.")
 
 
 def _without_video_processor(place: str, error: ImportError) -> Any:

@@ -15,7 +15,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -28,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from mir_lightning import moca
+from mir_lightning.llava.saved import load_vlm, processor_place
 
 _IMAGE_TOKEN = "<file_sep>"  # reserved and unused in SmolLM2's vocabulary, so no embedding has to grow
 _PACKAGES = {
@@ -84,7 +83,8 @@ class ModelSource:
         llm: folder or hub id of any causal language model.
         vision: folder or hub id of a CLIP, SigLIP or DINOv2 style encoder. Both None: the packaged SmolLM2-135M
             and EfficientNet-Lite0.
-        vlm: folder or hub id of a whole vision-language model to go on with, instead of the two.
+        vlm: folder or hub id of a whole vision-language model to go on with, or a ``.ckpt`` of an earlier run,
+            instead of the two.
         feature_layer: layer of the encoder whose features the projector gets; -2 is LLaVA-1.5's.
         feature_select: ``"default"`` drops the first feature (CLS), ``"full"`` keeps all.
         attention: implementation, ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``.
@@ -126,24 +126,12 @@ def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedMod
     return _join(llm, vision, image_token, source.feature_layer, source.feature_select)
 
 
-def load_vlm(place: str, **options: Any) -> PreTrainedModel:
-    """A whole vision-language model, with MoCa if it was saved with it.
-
-    Args:
-        place: folder or hub id.
-        options: for ``from_pretrained``.
-    """
-    if getattr(AutoConfig.from_pretrained(place), moca.inject.CONFIG_FLAG, False):
-        return moca.from_pretrained(place, **options)
-    return AutoModelForImageTextToText.from_pretrained(place, **options)
-
-
 def build_processor(source: ModelSource) -> LlavaProcessor:
     """Tokenizer and image processor of a source; the tokenizer gets an ``<image>`` token where it has none."""
     if source.packaged:
         return build_packaged_processor()
     if source.vlm is not None:
-        return AutoProcessor.from_pretrained(source.vlm)
+        return AutoProcessor.from_pretrained(processor_place(source.vlm))
     tokenizer = AutoTokenizer.from_pretrained(source.llm)
     if "<image>" not in tokenizer.get_vocab():
         tokenizer.add_tokens(["<image>"], special_tokens=True)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.llava.datasets import Sample
-from mir_lightning.llava.prompts import IMAGE, Prompt
+from mir_lightning.llava.prompts import IMAGE, Prompt, starts_with_bos
 
 
 class ConversationCollator:
@@ -67,7 +67,8 @@ class ConversationCollator:
     ) -> tuple[list[int], list[int]]:
         """Token ids and labels of a sample."""
         tokenizer = self.processor.tokenizer
-        ids = [] if self.prompt.writes_its_start else _start(tokenizer)
+        marked = starts_with_bos(tokenizer) and not self.prompt.writes_its_start
+        ids = [tokenizer.bos_token_id] if marked else []
         labels = [-100] * len(ids)
         for text, learned in spans:
             if IMAGE in text:
@@ -82,9 +83,3 @@ class ConversationCollator:
             ids += span
             labels += span if learned else [-100] * len(span)
         return ids[: self.max_length], labels[: self.max_length]
-
-
-def _start(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer begins every sequence with, if it does."""
-    alone = tokenizer("")["input_ids"]
-    return alone[:1] if alone and alone[0] == tokenizer.bos_token_id else []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,16 +15,17 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.llava.collate import ConversationCollator
-from mir_lightning.llava.datasets import RecordsDataset, Replacing, ShapesDataset, TableDataset
+from mir_lightning.llava.datasets import RecordsDataset, Replacing, Sample, ShapesDataset, TableDataset
 from mir_lightning.llava.images import UnreadableImageError
-from mir_lightning.llava.prompts import ChatPrompt, PlainPrompt
+from mir_lightning.llava.prompts import IMAGE, ChatPrompt, PlainPrompt
 from mir_lightning.llava.questions import shapes_choices, shapes_few_shot
 from mir_lightning.llava.sampling import EpochBatches
-from mir_lightning.probing.choice_items import load_choice_items
+from mir_lightning.llava.throughput import TimedLoader
+from mir_lightning.probing.choice_items import ChoiceItem, load_choice_items
 from mir_lightning.probing.choice_probe import ChoiceProbe
 from mir_lightning.probing.few_shot import FewShotProbe
 from mir_lightning.probing.m3_bench import load_m3_bench
-from mir_lightning.probing.pairs import Pair, PairProbe, read_pairs
+from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
 
 
@@ -46,9 +48,8 @@ class PretrainingData(pl.LightningDataModule):
         max_length: tokens of a sample.
         max_unreadable: share of the samples that may have pictures that cannot be read; beyond it the run stops.
         group_by_length: put samples of like length into a batch, for less padding.
-        probe_images: folder of pictures for the probe, with ``probe_texts`` in the manner of the MIR paper.
-        probe_texts: folder of texts.
-        probe_size: samples of the probe; without ``probe_images`` they are held out of the training data.
+        probe_size: samples held out of the training data, for the probe.
+        caption_pictures: held-out pictures to write captions of at every evaluation; 0 for none.
         choice_items: ``.jsonl`` file of multiple-choice items, or an M3-Bench folder, for the Soft Discrimination
             Score.
         shapes_choices: items of each built-in task on drawn shapes instead; 0 for none.
@@ -73,9 +74,8 @@ class PretrainingData(pl.LightningDataModule):
         max_length: int = 2048,
         max_unreadable: float = 0.01,
         group_by_length: bool = True,
-        probe_images: Path | None = None,
-        probe_texts: Path | None = None,
         probe_size: int = 64,
+        caption_pictures: int = 4,
         choice_items: Path | None = None,
         shapes_choices: int = 0,
         shapes_few_shot: int = 0,
@@ -90,8 +90,6 @@ class PretrainingData(pl.LightningDataModule):
             raise ValueError("data: give files or dataset, not both.")
         if files and image_folder is None:
             raise ValueError("data: files need an image_folder.")
-        if (probe_images is None) != (probe_texts is None):
-            raise ValueError("data: probe_images and probe_texts go together.")
         if not 0 <= max_unreadable < 1:
             raise ValueError(f"max_unreadable must lie in [0, 1), got {max_unreadable}.")
         self.files = files
@@ -106,9 +104,8 @@ class PretrainingData(pl.LightningDataModule):
         self.max_length = max_length
         self.max_unreadable = max_unreadable
         self.group_by_length = group_by_length
-        self.probe_images = probe_images
-        self.probe_texts = probe_texts
         self.probe_size = probe_size
+        self.caption_pictures = caption_pictures
         self.choice_items = choice_items
         self.shapes_choices = shapes_choices
         self.shapes_few_shot = shapes_few_shot
@@ -141,7 +138,7 @@ class PretrainingData(pl.LightningDataModule):
         """A seeded draw: the probe first, so that it is the same at every ``data_scale``."""
         order = list(range(len(everything)))
         random.Random(self.seed).shuffle(order)
-        held_out = 0 if self.probe_images else self.probe_size
+        held_out = self.probe_size
         wanted = self.data_scale or len(order) - held_out
         if wanted < 1 or held_out + wanted > len(order):
             raise ValueError(
@@ -164,7 +161,7 @@ class PretrainingData(pl.LightningDataModule):
             trainer.world_size,
         )
         self._batches_an_epoch = len(batches)
-        return DataLoader(
+        return TimedLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=self._collator(),
@@ -204,11 +201,21 @@ class PretrainingData(pl.LightningDataModule):
             return [lengths[i] for i in dataset.indices]
         return len(dataset)
 
-    def probe(self) -> Probe:
-        """The held-out probe for :class:`~mir_lightning.MIRCallback`; with labels if it is held-out data."""
+    def probe(self, images: Path | None = None, texts: Path | None = None) -> Probe:
+        """The probe for :class:`~mir_lightning.MIRCallback`: held-out samples with their labels, or other files.
+
+        Args:
+            images: folder of pictures, with ``texts`` in the manner of the MIR paper.
+            texts: folder of texts.
+
+        Raises:
+            ValueError: for one folder without the other, or one that holds fewer than ``probe_size``.
+        """
         module: Any = self._trainer().lightning_module
-        if self.probe_images is not None and self.probe_texts is not None:
-            pairs: list[Pair] = read_pairs(self.probe_images, self.probe_texts, self.probe_size)
+        if (images is None) != (texts is None):
+            raise ValueError("probe: images and texts go together.")
+        if images is not None and texts is not None:
+            pairs = read_pairs(images, texts, self.probe_size)
             return PairProbe(module.processor, module.vlm.config, pairs, self.batch_size)
         collate = self._collator()
         held_out: Any = self.split()[1]
@@ -228,10 +235,36 @@ class PretrainingData(pl.LightningDataModule):
             items = load(self.choice_items)
         else:
             items = shapes_choices(self.shapes_choices, self.seed)
-        template = "{prompt}"
-        if self.prompt == "chat":
-            template = ChatPrompt(processor.tokenizer, self.system).question(template)
-        return ChoiceProbe(items, processor, template)
+        return ChoiceProbe(items, processor, self._template(processor))
+
+    def captions(self) -> FewShotProbe:
+        """The first pictures of the held-out samples, asked for their captions as in training.
+
+        Raises:
+            ValueError: if no held-out sample is one picture with an answer.
+        """
+        processor: Any = self._trainer().lightning_module.processor
+        items = list(islice(self._held_out_items(), self.caption_pictures))
+        if not items:
+            raise ValueError("caption_pictures: no held-out sample is one picture with an answer; set it to 0.")
+        return FewShotProbe(items, (), processor, shots=(0,), template=self._template(processor))
+
+    def _held_out_items(self) -> Iterator[ChoiceItem]:
+        held_out: Any = self.split()[1]
+        for index in range(len(held_out)):
+            sample: Sample = held_out[index]
+            if len(sample.images) == 1 and len(sample.turns) > 1:
+                asked = sample.turns[0] if self.prompt == "chat" else ""
+                prompt = asked if IMAGE in asked else f"{IMAGE}\n{asked}" if asked else IMAGE
+                yield ChoiceItem(
+                    f"held out {index}", prompt, sample.turns[1], (), "caption", "caption", sample.images
+                )
+
+    def _template(self, processor: Any) -> str:
+        """How a question is put to the model, as it is trained to answer."""
+        if self.prompt == "plain":
+            return "{prompt}"
+        return ChatPrompt(processor.tokenizer, self.system).question("{prompt}")
 
     def few_shot(self) -> FewShotProbe:
         """Built-in captions and short answers after 0, 4 and 8 examples, with MM1's prompts."""

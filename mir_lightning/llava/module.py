@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from mir_lightning.llava.backbones import ModelSource, build_model, build_processor
+from mir_lightning.llava.saved import load_part
 from mir_lightning.llava.schedule import (
     Group,
     Part,
@@ -25,8 +27,10 @@ from mir_lightning.llava.schedule import (
     optimizer_groups,
     stage_table,
 )
+from mir_lightning.llava.throughput import training_flops
 from mir_lightning.moca import inject_moca, moca_statistics
 from mir_lightning.moca.inject import CONFIG_FLAG as MOCA_FLAG
+from mir_lightning.vlm import token_masks
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,16 @@ class LlavaPretraining(pl.LightningModule):
         lora: adapters in the LLM, for stages that train ``lora``.
         moca: calibrate the vision tokens after every decoder layer (MIR paper, MoCa); it trains in every stage.
         moca_lr: peak learning rate of MoCa in stages that do not name it.
+        parts: files of an earlier run's export to start from: ``projector.safetensors``, ``moca.safetensors``,
+            ``adapter/adapter_model.safetensors``.
         gradient_checkpointing: recompute the LLM's layers in the backward pass, for memory.
         compile: run the model through ``torch.compile``.
         betas: of AdamW.
     """
 
     vlm: PreTrainedModel
+    flops_per_batch: float | None = None
+    """Of the last batch on this rank; Lightning's ThroughputMonitor reads it."""
 
     def __init__(
         self,
@@ -74,6 +82,7 @@ class LlavaPretraining(pl.LightningModule):
         lora: LoraOptions | None = None,
         moca: bool = False,
         moca_lr: float = 1e-3,
+        parts: Sequence[Path] = (),
         gradient_checkpointing: bool = False,
         compile: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -87,6 +96,7 @@ class LlavaPretraining(pl.LightningModule):
         self.moca = moca
         self.warmup_ratio = warmup_ratio
         self.lora = lora
+        self.parts = parts
         self.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile
         self.betas = betas
@@ -105,6 +115,8 @@ class LlavaPretraining(pl.LightningModule):
             inject_moca(self.vlm)
         if self.lora is not None:
             self._add_adapters(self.lora)
+        for file in self.parts:
+            load_part(self.vlm, file)
         if self.gradient_checkpointing:
             self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compiles:
@@ -144,6 +156,7 @@ class LlavaPretraining(pl.LightningModule):
     def _enter_stage(self) -> None:
         stage = self.stages[self.stage]
         freeze_all_but(self.vlm, stage)
+        self._flops = training_flops(self.vlm)
         if isinstance(self.trainer.strategy, DDPStrategy):
             self._rewrap(self.trainer.strategy)
         rank_zero_info(
@@ -165,6 +178,7 @@ class LlavaPretraining(pl.LightningModule):
             loss = loss * labelled / self.trainer.strategy.reduce(labelled.clone(), reduce_op="mean")
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         self._tokens_of_step += int(batch["attention_mask"].sum())
+        self.flops_per_batch = self._flops.of_batch(batch, token_masks(self.vlm.config, batch, "all").vision)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.moca and (self.trainer.global_step + 1) % every == 0:
             self.log_dict(moca_statistics(self.vlm))

@@ -74,6 +74,12 @@ class ChatPrompt:
         return spans
 
     def question(self, text: str) -> str:
-        """A user's turn, up to where the model's answer begins."""
+        """A user's turn, up to where the model's answer begins, for a tokenizer that marks the start by itself."""
         messages = [*self.system, {"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        written = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return written.removeprefix(self.tokenizer.bos_token) if starts_with_bos(self.tokenizer) else written
+
+
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins every sequence with a token of its own."""
+    return bool(tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id])

@@ -80,7 +80,7 @@ def _captions(split: Split, count: int, seed: int) -> list[ChoiceItem]:
             id=f"caption/{split}/{seed}/{index}",
             prompt=CAPTION_PROMPT,
             answer=caption,
-            distractors=(next((other for other in captions if other != caption), "nothing"),),
+            distractors=(),
             task="caption",
             ability="in context",
             images=(partial(_draw_sample, split, index, seed),),

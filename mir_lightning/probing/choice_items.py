@@ -59,8 +59,8 @@ def open_image(source: ImageSource) -> Image:
     return (source() if callable(source) else source).convert("RGB")
 
 
-def check_items(items: Iterable[ChoiceItem]) -> list[ChoiceItem]:
-    """The items as a list, if every one of them can be asked.
+def check_items(items: Iterable[ChoiceItem], open_ended: bool = False) -> list[ChoiceItem]:
+    """The items as a list, if every one of them can be asked; ``open_ended`` ones need no distractor.
 
     Raises:
         TypeError: for anything but :class:`ChoiceItem`.
@@ -78,7 +78,7 @@ def check_items(items: Iterable[ChoiceItem]) -> list[ChoiceItem]:
     abilities: dict[str, str] = {}
     problems = []
     for item in checked:
-        found = list(_problems(item))
+        found = list(_problems(item, open_ended))
         if ids[item.id] > 1:
             found.append("its id is not unique")
         if (ability := abilities.setdefault(item.task, item.ability)) != item.ability:
@@ -89,7 +89,7 @@ def check_items(items: Iterable[ChoiceItem]) -> list[ChoiceItem]:
     return checked
 
 
-def _problems(item: ChoiceItem) -> Iterator[str]:
+def _problems(item: ChoiceItem, open_ended: bool) -> Iterator[str]:
     for source in item.images:
         if isinstance(source, (str, Path)) and not Path(source).is_file():
             yield f"image {source} is missing"
@@ -98,7 +98,7 @@ def _problems(item: ChoiceItem) -> Iterator[str]:
         yield f"{marks} {IMAGE} in its prompt and {len(item.images)} images"
     if not item.images and not item.prompt.strip():
         yield "neither question nor image"
-    if not item.distractors:
+    if not item.distractors and not open_ended:
         yield "no distractor"
     texts = [candidate.strip() for candidate in item.candidates]
     if not texts[0]:

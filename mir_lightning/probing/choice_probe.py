@@ -65,6 +65,7 @@ class ChoiceProbe:
             chat.
         image_text: what the processor takes for one picture in its text; its ``image_token`` when None. (Qwen
             models were trained with ``"<|vision_start|><|image_pad|><|vision_end|>"``.)
+        open_ended: the items are answered freely, so that they need no distractor.
 
     Raises:
         TypeError: for items of another kind.
@@ -79,8 +80,9 @@ class ChoiceProbe:
         processor: Any,
         template: str = "{prompt}",
         image_text: str | None = None,
+        open_ended: bool = False,
     ) -> None:
-        self.items = check_items(items)
+        self.items = check_items(items, open_ended)
         if "{prompt}" not in template:
             raise ValueError(f"template must hold {{prompt}}, got {template!r}.")
         if getattr(processor, "tokenizer", None) is None:

@@ -90,7 +90,9 @@ class FewShotProbe:
         if not shots or min(shots) < 0:
             raise ValueError(f"shots must be numbers from 0 on, at least one, got {list(shots)}.")
         self.probes = {
-            count: ChoiceProbe([_with_shots(item, examples, count, seed) for item in asked], processor, **options)
+            count: ChoiceProbe(
+                [_with_shots(item, examples, count, seed) for item in asked], processor, open_ended=True, **options
+            )
             for count in shots
         }
 
@@ -159,18 +161,18 @@ def evaluate_few_shot(
     answers, scores = {}, {}
     with leave_no_trace(model):
         for count, probe in items.probes.items():
-            answers[count] = _answers(
-                CandidateScorer(vlm, probe, "logit", forward, distributed), batch_size, max_new_tokens
-            )
+            scorer = CandidateScorer(vlm, probe, "logit", forward, distributed)
+            answers[count] = written_answers(scorer, batch_size, max_new_tokens)
             scores[count] = _by_task(probe.items, answers[count])
     return FewShotResult(scores, answers, items.fingerprint, time.perf_counter() - start)
 
 
-def _answers(scorer: CandidateScorer, batch_size: int, count: int) -> list[str]:
+def written_answers(scorer: CandidateScorer, batch_size: int, max_new_tokens: int) -> list[str]:
+    """By item of the scorer's probe, what the model writes greedily, up to a line break or its end token."""
     tokenizer, items = scorer.probe.processor.tokenizer, scorer.probe.items
 
     def write(batch: Sequence[int]) -> list[str]:
-        rows = scorer.greedy([items[i] for i in batch], count)
+        rows = scorer.greedy([items[i] for i in batch], max_new_tokens)
         ended = [
             row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows
         ]

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -94,14 +95,18 @@ def test_a_lightning_checkpoint_of_the_recipe(run, shared, tmp_path):
         "vlm_config": shared.model.config.to_dict(),
         "state_dict": {f"vlm.{key}": value for key, value in shared.model.state_dict().items()},
     }
-    (tmp_path / "deep").mkdir()
-    torch.save(checkpoint, tmp_path / "deep" / "step.ckpt")
-    assert "give --processor" in run("eval", tmp_path / "deep" / "step.ckpt").err
-    shared.processor.save_pretrained(tmp_path / "processor")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    torch.save(checkpoint, folder / "step.ckpt")
+    assert "the command line takes --processor" in run("eval", folder / "step.ckpt").err
     first_line = run("eval", shared.root / "model").out.splitlines()[0]
-    assert run("eval", tmp_path / "deep" / "step.ckpt").out.splitlines()[0] == first_line
-    torch.save({"state_dict": {}}, tmp_path / "deep" / "other.ckpt")
-    assert "no checkpoint of the recipe" in run("eval", tmp_path / "deep" / "other.ckpt").err
+    for place in ("checkpoints/step", "checkpoints/other", "model"):  # where the recipe exports to
+        shared.processor.save_pretrained(tmp_path / place)
+        assert run("eval", folder / "step.ckpt").out.splitlines()[0] == first_line
+        shutil.rmtree(tmp_path / place)
+    shared.processor.save_pretrained(folder / "step")
+    torch.save({"state_dict": {}}, folder / "other.ckpt")
+    assert "no checkpoint of the recipe" in run("eval", folder / "other.ckpt").err
 
 
 def test_failures_are_one_line_and_status_1(run, shared, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -17,6 +18,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from mir_lightning import evaluate_mir
+from mir_lightning.llava.backbones import ModelSource, build_processor
+from mir_lightning.llava.saved import load_vlm
+from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.report import read_run
 from tests.families import TEXT, VISION
 
@@ -80,9 +85,10 @@ def test_two_steps_of_every_schedule(recipe, tmp_path, weights, capsys, schedule
 
 def test_two_steps_of_the_small_pair_with_all_that_can_be_measured(recipe, tmp_path, weights):
     more = {
-        "trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger"}},
+        "trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger"}, "log_every_n_steps": 1},
         "data": {"shapes_choices": 1, "shapes_few_shot": 1},
         "sds": {"every_n_steps": 2},
+        "throughput": {"window_size": 2},
         "few_shot": {"every_n_steps": 2, "max_new_tokens": 2},
     }
     more["trainer"]["logger"]["init_args"] = {"save_dir": str(tmp_path)}
@@ -100,6 +106,40 @@ def test_two_steps_of_the_small_pair_with_all_that_can_be_measured(recipe, tmp_p
         "few_shot/f1_0",
     ):
         assert [step for step, _ in curves[name]] == ([0, 1, 2] if name.startswith("mir") else [0, 2]), name
+    waited = [share for _, share in curves["train/data_wait"]]
+    assert len(waited) == 2
+    assert all(0 < share < 1 for share in waited)
+    (_, tokens), (_, samples) = (
+        curves["train/device/items_per_sec"][-1],
+        curves["train/device/samples_per_sec"][-1],
+    )
+    assert 10 < tokens / samples < 200  # tokens of a sample
+    (pictures,) = tmp_path.glob("**/captions_media/captions.png")
+    assert pictures.stat().st_size > 5000
+
+
+def test_a_probe_of_other_pictures_and_texts(recipe, tmp_path, weights):
+    for name in ("images", "texts"):
+        (tmp_path / name).mkdir()
+    for number in range(4):
+        Image.effect_noise((20, 20), 50).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"One story and {number} more of them.")
+    probe = {"images": str(tmp_path / "images"), "texts": str(tmp_path / "texts")}
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump({"mir": {"probe": probe, "on_error": "raise"}}))
+    _two_steps(recipe, tmp_path, weights, CONFIGS / "models" / "llava15_7b.yaml", after=[tmp_path / "probe.yaml"])
+    (best,) = (tmp_path / "run" / "checkpoints").glob("step=*.ckpt")
+    state = torch.load(best, weights_only=True)
+    (mir,) = [value for key, value in state["callbacks"].items() if key.startswith("RecipeMIR")]
+    processor = build_processor(ModelSource(vlm=str(best.with_suffix(""))))
+    pairs = read_pairs(tmp_path / "images", tmp_path / "texts", 4)
+    vlm = load_vlm(str(best.with_suffix("")))
+    expected = evaluate_mir(vlm, PairProbe(processor, vlm.config, pairs, 2)).mir
+    assert mir["history"][-1]["mir"] == pytest.approx(expected, rel=1e-5)
+    (tmp_path / "probe.yaml").write_text(yaml.safe_dump({"mir": {"probe": {"images": probe["images"]}}}))
+    with pytest.raises(ValueError, match="images and texts go together"):
+        _two_steps(
+            recipe, tmp_path, weights, CONFIGS / "models" / "llava15_7b.yaml", after=[tmp_path / "probe.yaml"]
+        )
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: path.stem)

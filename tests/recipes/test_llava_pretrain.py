@@ -55,7 +55,7 @@ def test_print_config_of_several_files_is_the_run_that_would_start():
     config = yaml.safe_load(run.stdout)
     assert config["trainer"]["max_steps"] == 4
     assert [part["lr"] for part in config["model"]["stages"][0]["train"]] == [5e-4, 5e-5]
-    assert "probe" not in config["mir"]
+    assert config["mir"]["probe"] == {"images": None, "texts": None}
 
 
 def test_help_tells_what_the_options_do():

@@ -1,0 +1,105 @@
+"""What a run leaves is where the next one starts: the whole model, a checkpoint, or a part alone."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mir_lightning.llava.backbones import ModelSource, build_processor
+from mir_lightning.llava.export import export
+from mir_lightning.llava.module import LlavaPretraining, LoraOptions
+from mir_lightning.llava.saved import load_part
+from mir_lightning.llava.schedule import Part, Stage, parameters_of
+from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
+
+PARTS = ("projector.safetensors", "moca.safetensors", "adapter/adapter_model.safetensors")
+LORA = LoraOptions(r=2, alpha=4, targets=("q_proj",))
+
+
+def _module(folder, **options):
+    parts = [Part("projector", 1.0), *([Part("lora", 1.0)] if options.get("lora") else [])]
+    module = LlavaPretraining(ModelSource(vlm=str(folder)), [Stage(parts)], **options)
+    module.configure_model()
+    return module
+
+
+@pytest.fixture
+def run(tmp_path, tiny_processor):
+    """A base model's folder, a trained module with all parts, and the folder of its export."""
+    vocabulary = {"vocab_size": len(tiny_processor.tokenizer), "image_token": tiny_processor.image_token_id}
+    tiny_llava(**vocabulary).save_pretrained(tmp_path / "base")
+    tiny_processor.save_pretrained(tmp_path / "base")
+    module = _module(tmp_path / "base", lora=LORA, moca=True)
+    torch.manual_seed(5)
+    for name, parameter in module.vlm.named_parameters():
+        if "projector" in name or ".lora_" in name or ".moca." in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    export(module.vlm, tiny_processor, tmp_path / "export")
+    return tmp_path / "base", module, tmp_path / "export"
+
+
+def _logits(vlm, processor):
+    batch = tiny_batch(labels=False)
+    ids = batch.pop("input_ids")
+    text = ids.masked_fill(ids == processor.image_token_id, 100)
+    batch["input_ids"] = text.masked_fill(ids == IMAGE_TOKEN, processor.image_token_id)
+    with torch.no_grad():
+        return vlm.eval()(**batch).logits
+
+
+def test_a_run_starts_from_the_parts_of_another(run, tiny_processor):
+    base, trained, folder = run
+    parts = [
+        folder / "projector.safetensors",
+        folder / "moca.safetensors",
+        folder / "adapter" / "adapter_model.safetensors",
+    ]
+    again = _module(base, lora=LORA, moca=True, parts=parts)
+    torch.testing.assert_close(_logits(again.vlm, tiny_processor), _logits(trained.vlm, tiny_processor))
+    without = _module(base, lora=LORA, moca=True, parts=parts[:1])
+    projector = Part("projector", 1.0)
+    for name, parameter in parameters_of(without.vlm, projector).items():
+        assert torch.equal(parameter, parameters_of(trained.vlm, projector)[name])
+    assert not torch.allclose(_logits(without.vlm, tiny_processor), _logits(trained.vlm, tiny_processor))
+
+
+def test_a_run_starts_from_the_whole_model_or_a_checkpoint_of_another(run, tiny_processor, tmp_path):
+    _, trained, folder = run
+    whole = _module(folder)
+    torch.testing.assert_close(
+        _logits(whole.vlm, tiny_processor), _logits(trained.vlm, tiny_processor), rtol=1e-5, atol=1e-6
+    )
+    checkpoint = {"state_dict": {f"vlm.{k}": v for k, v in whole.vlm.state_dict().items()}}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({**checkpoint, "vlm_config": whole.vlm.config.to_dict()}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match="no processor in the folder of its name"):
+        build_processor(ModelSource(vlm=str(tmp_path / "checkpoints" / "last.ckpt")))
+    folder.rename(tmp_path / "model")
+    again = _module(tmp_path / "checkpoints" / "last.ckpt")
+    assert torch.equal(_logits(again.vlm, tiny_processor), _logits(whole.vlm, tiny_processor))
+
+
+def test_a_part_that_does_not_fit_is_named(run, tmp_path):
+    base, trained, folder = run
+    projector, adapter = folder / "projector.safetensors", folder / "adapter" / "adapter_model.safetensors"
+    plain = _module(base).vlm
+    with pytest.raises(ValueError, match=r"holds LoRA adapters: set model\.lora"):
+        load_part(plain, adapter)
+    with pytest.raises(ValueError, match="MoCa"):
+        load_part(plain, folder / "moca.safetensors")
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_part(plain, tmp_path / "missing.safetensors")
+    before = copy.deepcopy(plain.state_dict())
+    tensors = load_file(projector)
+    name = next(iter(tensors))
+    save_file({**tensors, name: torch.zeros(3, 3)}, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} is \[3, 3\] there"):
+        load_part(plain, tmp_path / "wide.safetensors")
+    save_file({**tensors, "model.other": torch.zeros(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match=r"only the file has model\.other"):
+        load_part(plain, tmp_path / "more.safetensors")
+    save_file({k: v for k, v in load_file(adapter).items() if "layers.0" in k}, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match=r"only the model has .*layers\.1"):
+        load_part(trained.vlm, tmp_path / "half.safetensors")
+    assert all(torch.equal(v, before[k]) for k, v in plain.state_dict().items())
