@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mir_lightning import MIRCallback, SDSCallback
@@ -26,12 +25,14 @@ from mir_lightning.llava.module import LlavaPretraining
 from mir_lightning.llava.restart import (
     LAST,
     AtomicCheckpointIO,
+    BetweenSteps,
     Preemption,
     RandomStates,
     checkpoint_folder,
     interrupted_run,
     mark_finished,
 )
+from mir_lightning.llava.sharding import gathered
 from mir_lightning.llava.throughput import Throughput
 
 
@@ -103,7 +104,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(MIRProgressBar, "progress")
         parser.add_lightning_class_args(ExportingCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(ModelCheckpoint, "restart")
+        parser.add_lightning_class_args(BetweenSteps, "restart")
         for name in ("checkpoint", "restart"):
             parser.link_arguments("trainer.default_root_dir", f"{name}.dirpath", compute_fn=checkpoint_folder)
         parser.link_arguments("mir.every_n_steps", "checkpoint.every_n_train_steps", compute_fn=lambda n: n or 1)
@@ -121,12 +122,13 @@ class RecipeCLI(LightningCLI):
     def after_fit(self) -> None:
         """Save the model, draw the curves, and say where everything is."""
         trainer = self.trainer
-        if not trainer.is_global_zero or self.preemption.stopped:
+        vlm = None if self.preemption.stopped else gathered(self.model.vlm)
+        if vlm is None or not trainer.is_global_zero:
             return
         mark_finished(trainer)
         callback: MIRCallback = self._get(self.config_init, "mir")
         root = Path(trainer.default_root_dir)
-        export(self.model.vlm, self.model.processor, root / "model")
+        export(vlm, self.model.processor, root / "model")
         folder = picture_folder(trainer, callback.name)
         curves = folder / "curves.png"
         if callback.history:

@@ -15,7 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.llava.collate import ConversationCollator
-from mir_lightning.llava.datasets import RecordsDataset, Replacing, Sample, ShapesDataset, TableDataset
+from mir_lightning.llava.datasets import (
+    RecordsDataset,
+    Replacing,
+    Sample,
+    ShapesDataset,
+    TableDataset,
+)
 from mir_lightning.llava.images import UnreadableImageError
 from mir_lightning.llava.prompts import IMAGE, ChatPrompt, PlainPrompt
 from mir_lightning.llava.questions import shapes_choices, shapes_few_shot
@@ -30,7 +36,7 @@ from mir_lightning.probing.probe import Probe
 
 
 class PretrainingData(pl.LightningDataModule):
-    """Training batches and the held-out probe: LLaVA-format files, a Hugging Face dataset, or drawn shapes.
+    """Training batches and the held-out probe, of files, a dataset, shards or drawn shapes.
 
     Args:
         files: LLaVA-format ``.json`` or ``.jsonl`` files, several at once.
@@ -38,6 +44,7 @@ class PretrainingData(pl.LightningDataModule):
         dataset: folder of a Hugging Face dataset (``save_to_disk``) or of parquet files, pictures with captions.
         image_column: of ``dataset``.
         caption_column: of ``dataset``.
+        shards: folder or object store (``s3://...``) of LitData shards, LLaVA-format records with pictures.
         data_scale: number of training samples, drawn at random with ``seed``; all when None. Of drawn shapes, the
             samples of an epoch.
         batch_size: samples a batch, on each device.
@@ -66,6 +73,7 @@ class PretrainingData(pl.LightningDataModule):
         dataset: Path | None = None,
         image_column: str = "image",
         caption_column: str = "caption",
+        shards: str | None = None,
         data_scale: int | None = None,
         batch_size: int = 16,
         global_batch_size: int | None = None,
@@ -86,8 +94,8 @@ class PretrainingData(pl.LightningDataModule):
         check_at_least_one(batch_size=batch_size, probe_size=probe_size, max_length=max_length)
         if data_scale is not None:
             check_at_least_one(data_scale=data_scale)
-        if files and dataset is not None:
-            raise ValueError("data: give files or dataset, not both.")
+        if sum((bool(files), dataset is not None, shards is not None)) > 1:
+            raise ValueError("data: give one of files, dataset and shards.")
         if files and image_folder is None:
             raise ValueError("data: files need an image_folder.")
         if not 0 <= max_unreadable < 1:
@@ -96,6 +104,7 @@ class PretrainingData(pl.LightningDataModule):
         self.image_folder = image_folder
         self.dataset = dataset
         self.columns = (image_column, caption_column)
+        self.shards = shards
         self.data_scale = data_scale
         self.batch_size = batch_size
         self.global_batch_size = global_batch_size
@@ -112,14 +121,22 @@ class PretrainingData(pl.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.unreadable: list[str] = []
-        self._split: tuple[Dataset, Dataset] | None = None
+        self._split: tuple[Any, Any] | None = None
         self._epoch = self._done = 0
         self._batches_an_epoch = 1
+        self._stream: Any = None
+        self._stream_state: dict[str, Any] | None = None
 
-    def split(self) -> tuple[Dataset, Dataset]:
+    def split(self) -> tuple[Any, Any]:
         """Training and held-out samples, drawn once."""
         if self._split is None:
-            self._split = self._shapes() if not self.files and self.dataset is None else self._drawn(self._all())
+            if self.shards is not None:
+                from mir_lightning.llava.shards import open_shards
+
+                self._split = open_shards(self.shards, self.probe_size, self.data_scale, self.seed)
+            else:
+                everything = self._all()
+                self._split = self._shapes() if everything is None else self._drawn(everything)
         return self._split
 
     def _shapes(self) -> tuple[Dataset, Dataset]:
@@ -128,11 +145,12 @@ class PretrainingData(pl.LightningDataModule):
             ShapesDataset("held_out", self.probe_size, self.seed),
         )
 
-    def _all(self) -> Dataset:
+    def _all(self) -> Dataset | None:
         if self.dataset is not None:
             return TableDataset(self.dataset, *self.columns)
-        assert self.image_folder is not None
-        return RecordsDataset(self.files, self.image_folder)
+        if self.files and self.image_folder is not None:
+            return RecordsDataset(self.files, self.image_folder)
+        return None
 
     def _drawn(self, everything: Any) -> tuple[Dataset, Dataset]:
         """A seeded draw: the probe first, so that it is the same at every ``data_scale``."""
@@ -150,6 +168,12 @@ class PretrainingData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the training samples, from where an interrupted epoch stopped."""
+        if self.shards is not None:
+            from mir_lightning.llava.shards import ShardsLoader
+
+            self._stream = ShardsLoader(self.split()[0], self.batch_size, self._collator(), self.num_workers)
+            self._resume_stream()
+            return self._stream
         trainer = self._trainer()
         dataset = self.split()[0]
         batches = EpochBatches(
@@ -288,7 +312,7 @@ class PretrainingData(pl.LightningDataModule):
         for line in batch.pop("unreadable", ()):
             self.unreadable.append(line)
             rank_zero_warn(f"left out: {line}")
-        allowed = self.max_unreadable * len(self.split()[0])  # type: ignore[arg-type]
+        allowed = self.max_unreadable * len(self.split()[0])
         if len(self.unreadable) > allowed:
             raise UnreadableImageError(
                 f"{len(self.unreadable)} pictures cannot be read: more than max_unreadable={self.max_unreadable:g}"
@@ -298,9 +322,18 @@ class PretrainingData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is, and what was left out so far."""
-        return {"epoch": self._epoch, "done": self._done, "unreadable": self.unreadable}
+        stream = None if self._stream is None else self._stream.state_dict()
+        return {"epoch": self._epoch, "done": self._done, "unreadable": self.unreadable, "stream": stream}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._epoch, self._done = state_dict["epoch"], state_dict["done"]
         self.unreadable = list(state_dict["unreadable"])
+        self._stream_state = state_dict["stream"]
+        self._resume_stream()
+
+    def _resume_stream(self) -> None:
+        """A Trainer would do it, but not where it has made the loader before, to count the steps of the run."""
+        if self._stream is not None and self._stream_state is not None:
+            self._stream.load_state_dict(self._stream_state)
+            self._stream_state = None

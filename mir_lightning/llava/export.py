@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from mir_lightning.llava.restart import BetweenSteps
 from mir_lightning.llava.schedule import Part, parameters_of
+from mir_lightning.llava.sharding import gathered
 from mir_lightning.moca import save_moca
 from mir_lightning.moca.inject import CONFIG_FLAG
 
@@ -70,14 +71,15 @@ def _save_adapter(vlm: PreTrainedModel, folder: Path, base: Path) -> None:
     vlm.peft_config["default"].save_pretrained(folder)
 
 
-class ExportingCheckpoint(ModelCheckpoint):
+class ExportingCheckpoint(BetweenSteps):
     """Lightning's checkpoints; each kept one has a folder in Hugging Face format beside it, of the same name."""
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         module: Any = trainer.lightning_module
-        if trainer.is_global_zero:
-            export(module.vlm, module.processor, Path(filepath).with_suffix(""))
+        vlm = gathered(module.vlm)
+        if vlm is not None and trainer.is_global_zero:
+            export(vlm, module.processor, Path(filepath).with_suffix(""))
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)

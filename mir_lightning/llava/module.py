@@ -27,6 +27,7 @@ from mir_lightning.llava.schedule import (
     optimizer_groups,
     stage_table,
 )
+from mir_lightning.llava.sharding import shard
 from mir_lightning.llava.throughput import training_flops
 from mir_lightning.moca import inject_moca, moca_statistics
 from mir_lightning.moca.inject import CONFIG_FLAG as MOCA_FLAG
@@ -121,6 +122,8 @@ class LlavaPretraining(pl.LightningModule):
             self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compiles:
             self.vlm.compile()
+        if self.device_mesh is not None:
+            shard(self.vlm, self.device_mesh["data_parallel"])
         self._groups = optimizer_groups(self.vlm, self.stages)
         freeze_all_but(self.vlm, self.stages[0])
 
@@ -136,7 +139,7 @@ class LlavaPretraining(pl.LightningModule):
         """Number of the stage in progress, from 0."""
         return len(self._starts) - 1
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         """After a resume, go to the stage that the checkpoint was in."""
         self._enter_stage()
 

@@ -37,7 +37,9 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ValueError: naming the file and the record that does not fit, or where its JSON breaks off.
     """
-    return [_record(path, index, raw) for index, raw in enumerate(_raw_records(path))]
+    return [
+        read_record(f"{path}, record {index}", raw, str(index)) for index, raw in enumerate(_raw_records(path))
+    ]
 
 
 def _raw_records(path: Path) -> Iterator[Any]:
@@ -61,10 +63,21 @@ def _raw_records(path: Path) -> Iterator[Any]:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
 
 
-def _record(path: Path, index: int, raw: Any) -> Record:
+def read_record(place: str, raw: Any, name: str = "") -> Record:
+    """A record from its JSON.
+
+    Args:
+        place: where it stands, for errors.
+        raw: the record.
+        name: of one without ``id``.
+
+    Raises:
+        ValueError: if it does not fit.
+    """
+
     def fail(message: str) -> ValueError:
-        name = f" (id {raw['id']!r})" if isinstance(raw, dict) and "id" in raw else ""
-        return ValueError(f"{path}, record {index}{name}: {message}")
+        named = f" (id {raw['id']!r})" if isinstance(raw, dict) and "id" in raw else ""
+        return ValueError(f"{place}{named}: {message}")
 
     if not isinstance(raw, dict):
         raise fail(f"must be an object, it is {type(raw).__name__}.")
@@ -75,15 +88,15 @@ def _record(path: Path, index: int, raw: Any) -> Record:
     turns = raw.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise fail('"conversations" must be a list of turns.')
-    for place, turn in enumerate(turns):
-        expected = _SPEAKERS[place % 2]
+    for number, turn in enumerate(turns):
+        expected = _SPEAKERS[number % 2]
         if not isinstance(turn, dict) or turn.get("from") != expected or not isinstance(turn.get("value"), str):
-            raise fail(f'turn {place} must be {{"from": "{expected}", "value": text}}, it is {turn!r}.')
+            raise fail(f'turn {number} must be {{"from": "{expected}", "value": text}}, it is {turn!r}.')
     values = [turn["value"] for turn in turns]
     placeholders = sum(value.count(IMAGE) for value in values)
     if placeholders > len(images):
         raise fail(f"{placeholders} {IMAGE} placeholders for {len(images)} images.")
-    return Record(str(raw.get("id", index)), tuple(images), tuple(value.strip() for value in values))
+    return Record(str(raw.get("id", name)), tuple(images), tuple(value.strip() for value in values))
 
 
 def image_path(folder: Path, image: str) -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from mir_lightning.callbacks.mir import MIRCallback
@@ -44,6 +45,25 @@ def mark_finished(trainer: pl.Trainer) -> None:
     folder = Path(checkpoint_folder(trainer.default_root_dir))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _FINISHED).touch()
+
+
+def between_steps(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether no gradients are being accumulated when a batch ends: no checkpoint holds those."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+class BetweenSteps(ModelCheckpoint):
+    """Lightning's checkpoints, saved between optimizer steps only.
+
+    After a resume Lightning would save in mid-accumulation where the step it began at is due.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time."""
+        if between_steps(trainer, batch_idx):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -87,6 +107,8 @@ class RandomStates(pl.Callback):
         if self._restored is not None:
             _restore_random_states(self._restored)
             self._restored = None
+            # Loggers count steps by this; Lightning loses one where the run was stopped at the end of an epoch.
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 def _random_states() -> dict[str, Any]:
@@ -133,7 +155,7 @@ class Preemption(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Between optimizer steps, when any rank has got a signal."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not between_steps(trainer, batch_idx):
             return
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False) and not self.stopped:
             self.stopped = trainer.should_stop = True

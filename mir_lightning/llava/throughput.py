@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from mir_lightning.callbacks.probing import ProbingCallback
+from mir_lightning.llava.restart import between_steps
 from mir_lightning.llava.schedule import Part, parameters_of
 
 
@@ -70,7 +71,7 @@ class Throughput(ThroughputMonitor):
         if RunningStage.TRAINING in self._t0s:  # on rank 0
             self._t0s[RunningStage.TRAINING] += spent
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if between_steps(trainer, batch_idx):
             waited, now = _waited(trainer), time.perf_counter()
             share = (waited - self._waited) / max(now - self._since, 1e-9)
             pl_module.log("train/data_wait", min(share, 1.0), rank_zero_only=True)

@@ -11,8 +11,8 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-def small_config(vlm, folder, *strikes):
-    """Two stages, two epochs of five steps; ``strikes`` are (step, signal)."""
+def small_config(vlm, folder, *strikes, data=None):
+    """Two stages, two epochs of five steps; ``strikes`` are (step, signal) or (step, signal, within)."""
     parts = [{"module": "projector", "lr": 1e-3}, {"module": "llm", "lr": 1e-3}]
     return {
         "trainer": {
@@ -29,16 +29,23 @@ def small_config(vlm, folder, *strikes):
             "callbacks": [
                 {
                     "class_path": "tests.recipes.interruptions.StruckAt",
-                    "init_args": {"step": s, "signal_name": name},
+                    "init_args": dict(zip(("step", "signal_name", "within"), strike, strict=False)),
                 }
-                for s, name in strikes
+                for strike in strikes
             ],
         },
         "model": {
             "source": {"vlm": str(vlm)},
             "stages": [{"train": parts[:1], "steps": 3}, {"train": parts}],
         },
-        "data": {"batch_size": 2, "global_batch_size": 4, "data_scale": 20, "probe_size": 4, "num_workers": 1},
+        "data": {
+            "batch_size": 2,
+            "global_batch_size": 4,
+            "data_scale": 20,
+            "probe_size": 4,
+            "num_workers": 1,
+            **(data or {}),
+        },
         "mir": {"every_n_steps": 2},
         "restart": {"every_n_train_steps": 2},
     }

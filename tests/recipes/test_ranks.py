@@ -1,6 +1,8 @@
 """Two processes and one, with the same global batch: the same curve."""
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
 from tests.models import tiny_llava
 from tests.recipes.runs import curves_of, small_config, start
@@ -15,17 +17,46 @@ def vlm(tmp_path_factory, tiny_processor):
     return folder
 
 
-def test_ddp_gives_the_curve_of_one_process_through_a_change_of_stage(tmp_path, vlm):
-    curves = {}
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
-        folder.mkdir()
-        config = small_config(vlm, folder)
-        config["trainer"] |= {"devices": devices, "max_epochs": 1, "strategy": "ddp" if devices > 1 else "auto"}
-        config["data"] |= {"batch_size": 2 // devices, "global_batch_size": 4, "num_workers": 0}
-        run = start(folder, config)
-        assert run.returncode == 0, run.stderr
-        curves[devices] = {key: float(max(values)) for key, values in curves_of(folder).items()}
-    assert curves[2].keys() == curves[1].keys()
-    assert {step for name, step in curves[1] if name == "train/loss"} == set(range(5))
-    assert curves[2] == pytest.approx(curves[1], rel=1e-5)
+def _config(vlm, folder, devices, strategy, *strikes):
+    config = small_config(vlm, folder, *strikes)
+    config["trainer"] |= {"devices": devices, "max_epochs": 1, "strategy": strategy, "gradient_clip_val": 0.5}
+    config["data"] |= {"batch_size": 2 // devices, "global_batch_size": 4, "num_workers": 0}
+    return config
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, vlm):
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    run = start(folder, _config(vlm, folder, 1, "auto"))
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def _curves(folder):
+    return {key: float(max(values)) for key, values in curves_of(folder).items()}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_give_the_curve_of_one_through_a_change_of_stage(tmp_path, vlm, alone, strategy):
+    run = start(tmp_path, _config(vlm, tmp_path, 2, strategy))
+    assert run.returncode == 0, run.stderr
+    curves, expected = _curves(tmp_path), _curves(alone)
+    assert curves.keys() == expected.keys()
+    assert {step for name, step in curves if name == "train/loss"} == set(range(5))
+    assert curves == pytest.approx(expected, rel=1e-5)
+    models = [AutoModelForImageTextToText.from_pretrained(f / "model").state_dict() for f in (tmp_path, alone)]
+    assert models[0].keys() == models[1].keys()
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(tensor, models[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharded_run_that_is_preempted_goes_on(tmp_path, vlm, alone):
+    config = _config(vlm, tmp_path, 2, "fsdp2", (4, "SIGTERM"))
+    preempted = start(tmp_path, config)
+    assert preempted.returncode == 0, preempted.stderr
+    assert "stopped by" in preempted.stderr
+    finished = start(tmp_path, config)
+    assert finished.returncode == 0, finished.stderr
+    assert "going on from" in finished.stderr
+    assert _curves(tmp_path) == pytest.approx(_curves(alone), rel=1e-5)

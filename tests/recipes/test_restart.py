@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.models import tiny_llava
 from tests.recipes.runs import curves_of, small_config, start
+from tests.shards import write_shards
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +23,25 @@ def vlm(tmp_path_factory, tiny_processor):
     return folder
 
 
-def test_a_run_that_is_killed_and_preempted_equals_one_that_is_not(tmp_path, vlm):
+@pytest.mark.parametrize(("data", "preempted_at"), [("drawn", 6), ("shards", 5)])  # 5: where an epoch ends
+def test_a_run_that_is_killed_and_preempted_equals_one_that_is_not(tmp_path, vlm, data, preempted_at):
+    source = {"shards": str(write_shards(tmp_path / "shards"))} if data == "shards" else {}
     whole, struck = tmp_path / "whole", tmp_path / "struck"
     whole.mkdir()
     struck.mkdir()
-    run = start(whole, small_config(vlm, whole))
+    run = start(whole, small_config(vlm, whole, data=source))
     assert run.returncode == 0, run.stderr
-    config = small_config(vlm, struck, (3, "SIGKILL"), (7, "SIGTERM"))
+    config = small_config(
+        vlm, struck, (3, "SIGKILL"), (preempted_at, "SIGTERM"), (6, "SIGKILL", True), data=source
+    )
     killed = start(struck, config)
     assert killed.returncode == -signal.SIGKILL
     preempted = start(struck, config)
     assert preempted.returncode == 0, preempted.stderr
     assert "going on from" in preempted.stderr
-    assert "stopped by SIGTERM at step 7; saved" in preempted.stderr
+    assert f"stopped by SIGTERM at step {preempted_at}; saved" in preempted.stderr
     assert not (struck / "model").exists()
+    assert start(struck, config).returncode == -signal.SIGKILL
     finished = start(struck, config)
     assert finished.returncode == 0, finished.stderr
     assert curves_of(struck) == curves_of(whole)

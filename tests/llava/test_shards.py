@@ -1,0 +1,113 @@
+"""Streaming from shards: each sample once, the same order after an interruption, from disk and object store."""
+
+import re
+from itertools import islice
+
+import pytest
+
+from mir_lightning.llava.images import UnreadableImageError
+from mir_lightning.llava.shards import ShardsLoader, _to_sample, _with_replacements, open_shards
+from tests.shards import UNREADABLE, record, write_shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards") / "llava")
+
+
+@pytest.fixture(scope="module")
+def bucket(shards):
+    """The same in an object store, spoken to over the network interface of this machine."""
+    import boto3
+    from litdata.streaming import downloader
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+        server.start()
+        _, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setitem(downloader._OBSTORE_CLIENT_OPTIONS, "allow_http", "true")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="data-bucket")
+        for file in shards.iterdir():
+            client.upload_file(str(file), "data-bucket", f"llava/{file.name}")
+        yield "s3://data-bucket/llava"
+        server.stop()
+
+
+def _numbers(samples):
+    """Which samples, told by their texts; of unreadable ones, what was said."""
+    said = [str(sample.turns or sample.unreadable) for sample in samples]
+    return [int(re.search(r"(Number|sample) (\d+)", text)[2]) for text in said]
+
+
+def _epoch(loader):
+    return [number for batch in loader for number in batch]
+
+
+def _loader(place, workers, scale=None):
+    training, held_out = open_shards(place, 6, scale, seed=3)
+    return ShardsLoader(training, 4, _numbers, workers), held_out
+
+
+@pytest.fixture(params=["folder", "object store"])
+def place(request):
+    return str(request.getfixturevalue({"folder": "shards", "object store": "bucket"}[request.param]))
+
+
+def test_an_epoch_has_every_sample_once_and_none_that_is_held_out(place):
+    workers = 0 if place.startswith("s3") else 2  # they would ask the store over TLS
+    loader, held_out = _loader(place, workers)
+    epochs = [_epoch(loader), _epoch(loader)]
+    assert len(loader) == 9
+    assert set(epochs[0]) == set(epochs[1])
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != sorted(epochs[0])
+    missing = set(_numbers(held_out)) | {UNREADABLE}
+    assert {*epochs[0]} | missing == set(range(40))
+    assert len(set(epochs[0]) & set(_numbers(held_out))) == 0
+    smaller, again = _loader(place, workers, scale=10)
+    assert _numbers(again) == _numbers(held_out)
+    assert len(set(_epoch(smaller))) == 10
+
+
+@pytest.mark.parametrize(("workers", "done"), [(0, 1), (0, 4), (0, 8), (2, 5)])
+def test_an_interrupted_epoch_goes_on_where_it_was(shards, workers, done):
+    whole, _ = _loader(shards, workers)
+    batches = [list(whole), list(whole)]
+    loader, _ = _loader(shards, workers)
+    assert list(islice(iter(loader), done)) == batches[0][:done]
+    again, _ = _loader(shards, workers)
+    again.load_state_dict(loader.state_dict())
+    assert list(again) == batches[0][done:]
+    assert list(again) == batches[1]
+
+
+def test_the_next_of_the_batch_takes_the_place_of_an_unreadable_sample():
+    samples = [_to_sample("here", record(index)) for index in (UNREADABLE, 3, 4, UNREADABLE)]
+    taken = _with_replacements(list, samples)
+    assert _numbers(taken) == [3, 3, 4, 3]
+    assert [len(s.unreadable) for s in taken] == [1, 0, 0, 1]
+    assert f"here, sample {UNREADABLE}, picture 0: cannot identify" in taken[0].unreadable[0]
+    with pytest.raises(UnreadableImageError, match="a whole batch cannot be read"):
+        _with_replacements(list, samples[:1])
+
+
+def test_what_is_no_record_or_no_shards_is_named(tmp_path, shards):
+    with pytest.raises(ValueError, match=r'here, sample 5 .*"conversations" must be a list'):
+        _to_sample("here", {"id": "5", "image": b"", "conversations": "none"})
+    with pytest.raises(ValueError, match="must be an object"):
+        _to_sample("here", [1, 2])
+    text_only = record(1)
+    del text_only["image"]
+    text_only["conversations"][0]["value"] = "Hello."
+    assert _to_sample("here", text_only).images == ()
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="holds no shards that can be read"):
+            open_shards(str(place), 1, None, 0)
+    with pytest.raises(ValueError, match="need more than the 40 samples"):
+        open_shards(str(shards), 6, 35, 0)
