@@ -17,6 +17,7 @@ from torchmetrics.functional import spearman_corrcoef
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Curve = list[tuple[int, float]]
 
@@ -32,6 +33,7 @@ _PANELS: dict[str, tuple[str, ...]] = {
     "Few-shot exact match": ("few_shot/em_0", "few_shot/em_4", "few_shot/em_8"),
     "Effective rank": ("mir_rank/vision", "mir_rank/text"),
 }
+_PANELS_OF_CHOICES = ("Soft Discrimination Score", "Accuracy")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,16 @@ def report_figure(runs: Sequence[Run]) -> Figure:
         _draw_panel(axes[place // columns][place % columns], title, names, runs)
     for place in range(len(panels), lines * columns):
         axes[place // columns][place % columns].set_axis_off()
+    if len(runs) > 1:
+        handles = [_line(f"C{colour}", "-", run.name) for colour, run in enumerate(runs)]
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
     return figure
+
+
+def _line(colour: str, style: Any, label: str) -> Line2D:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colour, linestyle=style, label=label)
 
 
 def _names_of(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
@@ -143,7 +154,6 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
     for colour, run in enumerate(runs):
         for style, name in enumerate(names):
             if curve := run.curves.get(name):
-                label = " ".join(part for part in (run.name * (len(runs) > 1), name * (len(names) > 1)) if part)
                 axes.plot(
                     *zip(*curve, strict=True),
                     color=f"C{colour if len(runs) > 1 else style}",
@@ -151,21 +161,29 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
                     marker="o" if len(curve) <= 20 else None,
                     markersize=3,
                     linewidth=1.2,
-                    label=label or None,
                 )
-    _draw_chance(axes, title, runs)
+    if title in _PANELS_OF_CHOICES:
+        _draw_chance(axes, names, runs)
     axes.set(title=title, xlabel="optimizer step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=7)
+    several = len(runs) > 1
+    handles = [
+        _line("0.3" if several else f"C{style}", styles[style % len(styles)] if several else "-", name)
+        for style, name in enumerate(names if len(names) > 1 else ())
+    ]
+    handles += axes.get_legend_handles_labels()[0]
+    if handles:
+        axes.legend(handles=handles, frameon=False, fontsize=7)
 
 
-def _draw_chance(axes: Any, title: str, runs: Sequence[Run]) -> None:
-    chance = {run.curves["sds_chance"][-1][1] for run in runs if "sds_chance" in run.curves}
-    if title in ("Soft Discrimination Score", "Accuracy"):
-        for level in chance:
-            axes.axhline(level, color="grey", linewidth=0.8, linestyle=(0, (1, 2)), label="chance")
+def _draw_chance(axes: Any, names: Sequence[str], runs: Sequence[Run]) -> None:
+    """What guessing gives, for each of the names: it differs by ability."""
+    keys = {"/".join(["sds_chance", *name.split("/")[1:]]) for name in names}
+    levels = {run.curves[key][-1][1] for run in runs for key in keys & run.curves.keys()}
+    for place, level in enumerate(sorted(levels)):
+        label = None if place else "chance"
+        axes.axhline(level, color="grey", linewidth=0.8, linestyle=(0, (1, 2)), label=label)
 
 
 def correlations(runs: Sequence[Run], scores: Mapping[str, float], seed: int = 0) -> list[Correlation]:

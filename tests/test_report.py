@@ -17,7 +17,8 @@ def _write_run(folder, mir, scores=(0.2, 0.5), extra=()):
         "train/loss",
         "sds/perception",
         "sds/reasoning",
-        "sds_chance",
+        "sds_chance/perception",
+        "sds_chance/reasoning",
         "mir_probe/perplexity",
         *extra,
     ]
@@ -26,7 +27,8 @@ def _write_run(folder, mir, scores=(0.2, 0.5), extra=()):
         writer.writeheader()
         for step, value in enumerate(mir):
             writer.writerow({"step": step, "train/loss": 3 - step})
-            sds = {"sds/perception": scores[0], "sds/reasoning": scores[1], "sds_chance": 0.25}
+            sds = {"sds/perception": scores[0], "sds/reasoning": scores[1]}
+            sds |= {"sds_chance/perception": 0.25, "sds_chance/reasoning": 0.4}
             writer.writerow(
                 {"step": step, "mir": value, "mir_probe/perplexity": 9.0, **sds, **dict.fromkeys(extra, 1)}
             )
@@ -59,9 +61,18 @@ def test_panels_of_what_there_is(tmp_path):
     figure = report_figure([read_run(_write_run(tmp_path / "a", [1.5, 1.25]))])
     titles = [axes.get_title() for axes in figure.axes if axes.axison]
     assert titles == ["Modality Integration Rate", "Soft Discrimination Score", "Loss", "Held-out perplexity"]
-    labels = figure.axes[1].get_legend_handles_labels()[1]
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert labels == ["sds/perception", "sds/reasoning", "chance"]
+    assert [line.get_ydata()[0] for line in figure.axes[1].lines[-2:]] == [0.25, 0.4]  # of each ability
     assert list(figure.axes[0].lines[0].get_ydata()) == [1.5, 1.25]
+
+
+def test_one_legend_tells_the_runs_apart(tmp_path):
+    figure = report_figure([read_run(_write_run(tmp_path / name, [1.5, 1.25])) for name in ("a", "b")])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert [line.get_color() for line in legend.get_lines()] == [line.get_color() for line in figure.axes[0].lines]
+    assert figure.axes[0].get_legend() is None
 
 
 def test_rank_correlations_against_scipy():

@@ -21,6 +21,7 @@ except ImportError as error:
 
 from mir_lightning.llava.datasets import Sample
 from mir_lightning.llava.images import UnreadableImageError, read_image
+from mir_lightning.llava.prompts import IMAGE
 from mir_lightning.llava.records import read_record
 from mir_lightning.llava.throughput import TimedLoader
 
@@ -28,7 +29,7 @@ from mir_lightning.llava.throughput import TimedLoader
 def open_shards(place: str, probe_size: int, data_scale: int | None, seed: int) -> tuple[Any, list[Sample]]:
     """Shards to train on, and the samples held out of them.
 
-    A sample is a record of LLaVA's format whose ``image`` holds the bytes of its picture, or a list of such. Whole
+    A sample is a record of LLaVA's format whose ``image`` is the bytes of its picture, empty for text alone. Whole
     shards are drawn at random, the held-out samples first. Over several ranks each gets whole shards, and an epoch
     ends for all where the rank with the fewest samples is through: the rest is left out of that epoch.
 
@@ -66,16 +67,17 @@ def _share(count: int, total: int) -> float:
 
 def _to_sample(place: str, raw: Any) -> Sample:
     """Decode a stored record; one with an unreadable picture is a sample of nothing but the trouble."""
-    pictures = raw.get("image", []) if isinstance(raw, dict) else []
-    pictures = [pictures] if isinstance(pictures, bytes) else pictures
-    name = str(raw.get("id", "without id")) if isinstance(raw, dict) else "without id"
-    names = [f"{place}, sample {name}, picture {number}" for number in range(len(pictures))]
-    record = read_record(f"{place}, sample {name}", {**raw, "image": names} if isinstance(raw, dict) else raw)
+    where = f"{place}, sample {raw.get('id', 'without id')}" if isinstance(raw, dict) else f"{place}, a sample"
+    if isinstance(raw, dict) and not isinstance(raw.get("image", b""), bytes):
+        raise ValueError(f"{where}: image must be the bytes of one picture, it is {type(raw['image']).__name__}.")
+    picture = raw.get("image", b"") if isinstance(raw, dict) else b""
+    shown = bool(picture) or IMAGE in str(raw)
+    record = read_record(where, {**raw, "image": ["stored"] * shown} if isinstance(raw, dict) else raw)
     try:
-        images = [read_image(BytesIO(data), name) for data, name in zip(pictures, names, strict=True)]
+        images = (read_image(BytesIO(picture), where),) if shown else ()
     except UnreadableImageError as error:
         return Sample((), (), (str(error),))
-    return Sample(tuple(images), record.turns)
+    return Sample(images, record.turns)
 
 
 class ShardsLoader(TimedLoader, StreamingDataLoader):

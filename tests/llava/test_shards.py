@@ -93,7 +93,7 @@ def test_the_next_of_the_batch_takes_the_place_of_an_unreadable_sample():
     taken = _with_replacements(list, samples)
     assert _numbers(taken) == [3, 3, 4, 3]
     assert [len(s.unreadable) for s in taken] == [1, 0, 0, 1]
-    assert f"here, sample {UNREADABLE}, picture 0: cannot identify" in taken[0].unreadable[0]
+    assert f"here, sample {UNREADABLE}: cannot identify" in taken[0].unreadable[0]
     with pytest.raises(UnreadableImageError, match="a whole batch cannot be read"):
         _with_replacements(list, samples[:1])
 
@@ -103,10 +103,13 @@ def test_what_is_no_record_or_no_shards_is_named(tmp_path, shards):
         _to_sample("here", {"id": "5", "image": b"", "conversations": "none"})
     with pytest.raises(ValueError, match="must be an object"):
         _to_sample("here", [1, 2])
-    text_only = record(1)
-    del text_only["image"]
-    text_only["conversations"][0]["value"] = "Hello."
-    assert _to_sample("here", text_only).images == ()
+    with pytest.raises(ValueError, match="image must be the bytes of one picture, it is list"):
+        _to_sample("here", {**record(1), "image": [b""]})
+    empty = {**record(1), "image": b""}
+    assert "sample 1: cannot identify" in _to_sample("here", empty).unreadable[0]
+    empty["conversations"][0]["value"] = "Hello."  # no picture is asked for: text alone
+    sample = _to_sample("here", empty)
+    assert (sample.images, sample.unreadable) == ((), ())
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="holds no shards that can be read"):
             open_shards(str(place), 1, None, 0)
