@@ -222,18 +222,18 @@ def caption_figure(
 ) -> Figure:
     """Pictures with what the model writes about each, and in grey the reference."""
     figure = _figure()
-    figure.set_size_inches(2.6 * len(images), 3.6)
-    panels = figure.subplots(1, len(images), squeeze=False)[0]
-    for axes, image, caption, reference in zip(panels, images, captions, references, strict=True):
-        axes.imshow(image)
-        axes.set(xticks=[], yticks=[])
-        lines = [*textwrap.wrap(caption.strip() or "(nothing)", 30)[:6], ""]
-        axes.text(0, -0.04, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=8, parse_math=False)
-        below = -0.04 - 0.07 * len(lines)
-        grey = "\n".join(textwrap.wrap(reference, 30)[:4])
-        axes.text(
-            0, below, grey, transform=axes.transAxes, va="top", fontsize=8, color="#767676", parse_math=False
-        )
+    figure.set_size_inches(2.6 * len(images), 4.0)
+    panels = figure.subplots(2, len(images), squeeze=False, height_ratios=(2, 1))
+    texts = zip(captions, references, strict=True)
+    for picture, below, image, (caption, reference) in zip(*panels, images, texts, strict=True):
+        picture.imshow(image)
+        picture.set(xticks=[], yticks=[])
+        below.set_axis_off()
+        lines = textwrap.wrap(caption.strip() or "(nothing)", 34, max_lines=5)
+        grey = textwrap.wrap(reference, 34, max_lines=4)
+        below.text(0, 1, "\n".join(lines), va="top", fontsize=8, parse_math=False)
+        place = 0.86 - 0.14 * len(lines)
+        below.text(0, place, "\n".join(grey), va="top", fontsize=8, color="#767676", parse_math=False)
     figure.suptitle(f"Step {step}: captions written by the model; in grey, the reference", fontsize=10)
     return figure
 

@@ -75,6 +75,9 @@ AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)
 
 
+FeatureSelect = Literal["default", "full"]
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """Which model to train.
@@ -94,14 +97,14 @@ class ModelSource:
     vision: str | None = None
     vlm: str | None = None
     feature_layer: int = -2
-    feature_select: Literal["default", "full"] = "default"
+    feature_select: FeatureSelect = "default"
     attention: str = "sdpa"
 
     def __post_init__(self) -> None:
         if self.vlm is not None and (self.llm or self.vision):
-            raise ValueError("source: give vlm, or llm and vision, not both.")
+            raise ValueError("model: give vlm, or llm and vision, not both; set what a config gives to null.")
         if (self.llm is None) != (self.vision is None):
-            raise ValueError(f"source: llm and vision go together, got llm={self.llm!r}, vision={self.vision!r}.")
+            raise ValueError(f"model: llm and vision go together, got llm={self.llm!r}, vision={self.vision!r}.")
 
     @property
     def packaged(self) -> bool:
@@ -168,7 +171,7 @@ def _join(
     vision: PreTrainedModel,
     image_token: int,
     feature_layer: int,
-    feature_select: Literal["default", "full"],
+    feature_select: FeatureSelect,
 ) -> LlavaForConditionalGeneration:
     """A LLaVA of the two, with LLaVA's own projector, untrained."""
     side = vision.config.image_size // vision.config.patch_size

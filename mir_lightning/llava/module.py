@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from mir_lightning.llava.backbones import ModelSource, build_model, build_processor
+from mir_lightning.llava.backbones import FeatureSelect, ModelSource, build_model, build_processor
 from mir_lightning.llava.saved import load_part
 from mir_lightning.llava.schedule import (
     Group,
@@ -58,7 +58,14 @@ class LlavaPretraining(pl.LightningModule):
     several stages keeps its state, and what joins warms up.
 
     Args:
-        source: where the model comes from; the packaged SmolLM2-135M and EfficientNet-Lite0 by default.
+        llm: folder or hub id of any causal language model.
+        vision: folder or hub id of a CLIP, SigLIP or DINOv2 style encoder. Without any of the three: the packaged
+            SmolLM2-135M and EfficientNet-Lite0.
+        vlm: folder or hub id of a whole vision-language model to go on with, or a ``.ckpt`` of an earlier run,
+            instead of the two.
+        feature_layer: layer of the encoder whose features the projector gets; -2 is LLaVA-1.5's.
+        feature_select: ``"default"`` drops the first feature (CLS), ``"full"`` keeps all.
+        attention: implementation, ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``.
         stages: what trains when; the projector alone by default.
         warmup_ratio: share of the steps in which the learning rate rises, at the start and where a part joins.
         lora: adapters in the LLM, for stages that train ``lora``.
@@ -77,7 +84,12 @@ class LlavaPretraining(pl.LightningModule):
 
     def __init__(
         self,
-        source: ModelSource | None = None,
+        llm: str | None = None,
+        vision: str | None = None,
+        vlm: str | None = None,
+        feature_layer: int = -2,
+        feature_select: FeatureSelect = "default",
+        attention: str = "sdpa",
         stages: Sequence[Stage] = (Stage((Part("projector", 1e-3),)),),
         warmup_ratio: float = 0.03,
         lora: LoraOptions | None = None,
@@ -92,7 +104,7 @@ class LlavaPretraining(pl.LightningModule):
         check_stages(stages)
         if not 0 <= warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must lie in [0, 1), got {warmup_ratio}.")
-        self.source = source or ModelSource()
+        self.source = ModelSource(llm, vision, vlm, feature_layer, feature_select, attention)
         self.stages = [_with_moca(stage, moca_lr) for stage in stages] if moca else list(stages)
         self.moca = moca
         self.warmup_ratio = warmup_ratio

@@ -19,7 +19,7 @@ LORA = LoraOptions(r=2, alpha=4, targets=("q_proj",))
 
 def _module(folder, **options):
     parts = [Part("projector", 1.0), *([Part("lora", 1.0)] if options.get("lora") else [])]
-    module = LlavaPretraining(ModelSource(vlm=str(folder)), [Stage(parts)], **options)
+    module = LlavaPretraining(vlm=str(folder), stages=[Stage(parts)], **options)
     module.configure_model()
     return module
 

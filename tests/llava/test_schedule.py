@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from mir_lightning.llava.backbones import ModelSource, load_vlm
 from mir_lightning.llava.export import export
 from mir_lightning.llava.module import LlavaPretraining, LoraOptions
+from mir_lightning.llava.saved import load_vlm
 from mir_lightning.llava.schedule import Part, Stage, optimizer_groups, parameters_of, stage_table
 from tests.models import tiny_batch, tiny_llava
 
@@ -46,7 +46,7 @@ def _run(module, folder, steps=4, resume=None, callbacks=(), **options):
 
 
 def _module(folder, *stages, **options):
-    module = LlavaPretraining(ModelSource(vlm=folder), stages, warmup_ratio=0.0, **options)
+    module = LlavaPretraining(vlm=folder, stages=stages, warmup_ratio=0.0, **options)
     module.configure_model()
     return module
 
@@ -137,7 +137,7 @@ def test_moca_is_logged_by_layer_and_exported(folder, tmp_path, tiny_processor):
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, module.vlm.eval()(**batch).logits, rtol=0, atol=0)
     assert (tmp_path / "model" / "moca.safetensors").is_file()
-    assert LlavaPretraining(ModelSource(vlm=str(tmp_path / "model")), moca=True).configure_model() is None
+    assert LlavaPretraining(vlm=str(tmp_path / "model"), moca=True).configure_model() is None
 
 
 def test_the_vision_forward_is_under_grad_exactly_when_something_in_it_trains(folder):
@@ -171,7 +171,7 @@ def test_stages_keep_the_optimizer_state_and_new_groups_warm_up(folder, tmp_path
         Stage([Part("projector", 1e-3)], steps=3),
         Stage([Part("projector", 1e-4), Part("llm", 1e-4, weight_decay=0.1)]),
     ]
-    module = LlavaPretraining(ModelSource(vlm=folder), stages, warmup_ratio=0.25)
+    module = LlavaPretraining(vlm=folder, stages=stages, warmup_ratio=0.25)
     rates, moments = [], {}
 
     class Watch(pl.Callback):
@@ -187,7 +187,7 @@ def test_stages_keep_the_optimizer_state_and_new_groups_warm_up(folder, tmp_path
     _run(module, tmp_path, 3, callbacks=[Watch()])
     assert _changed(module, before) == _mlp_only(module)
     rates.clear()
-    module = LlavaPretraining(ModelSource(vlm=folder), stages, warmup_ratio=0.25)
+    module = LlavaPretraining(vlm=folder, stages=stages, warmup_ratio=0.25)
     module.configure_model()
     _run(module, tmp_path, 8, callbacks=[Watch()])
     assert _changed(module, before) == _unfrozen_llm(module)
@@ -266,12 +266,12 @@ def test_bad_parts_and_stages(make, message):
 def test_bad_schedules(folder):
     part = [Part("llm", 1e-3)]
     with pytest.raises(ValueError, match="stages is empty"):
-        LlavaPretraining(ModelSource(vlm=folder), [])
+        LlavaPretraining(vlm=folder, stages=[])
     with pytest.raises(ValueError, match="stage 1 of 2 must say its steps or tokens"):
-        LlavaPretraining(ModelSource(vlm=folder), [Stage(part), Stage(part)])
+        LlavaPretraining(vlm=folder, stages=[Stage(part), Stage(part)])
     with pytest.raises(ValueError, match="stage 1 of 1 is the last and must not say its length"):
-        LlavaPretraining(ModelSource(vlm=folder), [Stage(part, steps=1)])
+        LlavaPretraining(vlm=folder, stages=[Stage(part, steps=1)])
     with pytest.raises(ValueError, match="layers=':9' of llm: the model has 3"):
         _module(folder, Stage([Part("llm", 1e-3, ":9")]))
     with pytest.raises(ValueError, match=r"warmup_ratio must lie in \[0, 1\), got 1"):
-        LlavaPretraining(ModelSource(vlm=folder), warmup_ratio=1.0)
+        LlavaPretraining(vlm=folder, warmup_ratio=1.0)

@@ -35,7 +35,7 @@ def small_config(vlm, folder, *strikes, data=None):
             ],
         },
         "model": {
-            "source": {"vlm": str(vlm)},
+            "vlm": str(vlm),
             "stages": [{"train": parts[:1], "steps": 3}, {"train": parts}],
         },
         "data": {

@@ -65,7 +65,7 @@ def _two_steps(recipe, tmp_path, weights, *configs, model="llava15_7b", after=()
             "enable_progress_bar": False,
             "default_root_dir": str(tmp_path / "run"),
         },
-        "model": {"source": {"llm": str(weights / "llm"), "vision": str(weights / model)}},
+        "model": {"llm": str(weights / "llm"), "vision": str(weights / model)},
         "data": {"batch_size": 2, "global_batch_size": 2, "data_scale": 8, "probe_size": 4, "num_workers": 0},
         "mir": {"every_n_steps": 1},
     }
