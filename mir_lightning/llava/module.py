@@ -79,8 +79,6 @@ class LlavaPretraining(pl.LightningModule):
     """
 
     vlm: PreTrainedModel
-    flops_per_batch: float | None = None
-    """Of the last batch on this rank; Lightning's ThroughputMonitor reads it."""
 
     def __init__(
         self,
@@ -118,6 +116,7 @@ class LlavaPretraining(pl.LightningModule):
         self._tokens = 0
         self._tokens_of_step = 0
         self._groups: list[Group] = []
+        self._counted: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
         """Build the model once, frozen but for the first stage."""
@@ -192,12 +191,21 @@ class LlavaPretraining(pl.LightningModule):
             labelled = (batch["labels"][:, 1:] != -100).sum().float()
             loss = loss * labelled / self.trainer.strategy.reduce(labelled.clone(), reduce_op="mean")
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-        self._tokens_of_step += int(batch["attention_mask"].sum())
-        self.flops_per_batch = self._flops.of_batch(batch, token_masks(self.vlm.config, batch, "all").vision)
+        if self.stages[self.stage].tokens is not None:
+            self._tokens_of_step += int(batch["attention_mask"].sum())
+        self._counted = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.moca and (self.trainer.global_step + 1) % every == 0:
             self.log_dict(moca_statistics(self.vlm))
         return loss
+
+    @property
+    def flops_per_batch(self) -> float | None:
+        """Floating-point operations of the last batch on this rank; Lightning's ThroughputMonitor reads it."""
+        if not self._counted:
+            return None
+        vision = token_masks(self.vlm.config, self._counted, "all").vision
+        return self._flops.of_batch(self._counted, vision)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count the step's tokens, over all ranks, where a stage goes by them."""

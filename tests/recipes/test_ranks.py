@@ -51,8 +51,9 @@ def test_two_processes_give_the_curve_of_one_through_a_change_of_stage(tmp_path,
         torch.testing.assert_close(tensor, models[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_sharded_run_that_is_preempted_goes_on(tmp_path, vlm, alone):
-    config = _config(vlm, tmp_path, 2, "fsdp2", (4, "SIGTERM"))
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_that_are_preempted_in_the_second_stage_go_on(tmp_path, vlm, alone, strategy):
+    config = _config(vlm, tmp_path, 2, strategy, (4, "SIGTERM"))
     preempted = start(tmp_path, config)
     assert preempted.returncode == 0, preempted.stderr
     assert "stopped by" in preempted.stderr
