@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 
 from mir_lightning.callbacks import reporting
 from mir_lightning.callbacks.few_shot import FewShotCallback
-from mir_lightning.callbacks.probing import OnError
 from mir_lightning.probing.choice_items import open_image
 from mir_lightning.probing.few_shot import FewShotLike, FewShotProbe, FewShotResult
 
@@ -24,16 +22,9 @@ class CaptionCallback(FewShotCallback):
     Args:
         items: a :class:`~mir_lightning.probing.few_shot.FewShotProbe` without examples, ``shots=(0,)``, of one
             picture an item, or a zero-argument callable that makes one when the fit starts.
-        every_n_steps: optimizer steps between evaluations; ``None`` for none.
-        at_start: evaluate before the first step.
-        at_end: evaluate after the last step, if that step was not evaluated yet.
         max_new_tokens: length of a caption.
-        batch_size: captions written at a time.
-        model: dotted path of the Hugging Face model inside the LightningModule; found by itself when None.
         name: prefix of everything logged.
-        on_error: what a failed evaluation does once training runs: ``"warn"`` or ``"raise"``.
-        at_steps: also evaluate after these optimizer steps.
-        max_overhead: largest share of the training time that evaluations may take, start and end apart.
+        options: of :class:`~mir_lightning.callbacks.FewShotCallback`.
 
     Raises:
         ValueError: for an unknown option or a number below 1; when the fit starts, for items that show examples or
@@ -44,32 +35,9 @@ class CaptionCallback(FewShotCallback):
     label = "Caption"
 
     def __init__(
-        self,
-        items: FewShotLike,
-        every_n_steps: int | None = 500,
-        at_start: bool = True,
-        at_end: bool = True,
-        max_new_tokens: int = 32,
-        batch_size: int = 4,
-        model: str | None = None,
-        name: str = "captions",
-        on_error: OnError = "warn",
-        at_steps: Sequence[int] = (),
-        max_overhead: float | None = None,
+        self, items: FewShotLike, max_new_tokens: int = 32, name: str = "captions", **options: Any
     ) -> None:
-        super().__init__(
-            items,
-            every_n_steps,
-            at_start,
-            at_end,
-            max_new_tokens,
-            batch_size,
-            model,
-            name,
-            on_error,
-            at_steps,
-            max_overhead,
-        )
+        super().__init__(items, max_new_tokens=max_new_tokens, name=name, **options)
 
     def _prepare(self, pl_module: pl.LightningModule) -> tuple[str, dict[str, Any]]:
         prepared = super()._prepare(pl_module)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask the package index
 
@@ -35,7 +36,7 @@ def open_shards(place: str, probe_size: int, data_scale: int | None, seed: int) 
 
     Args:
         place: folder, ``s3://``, ``gs://`` or what else LitData reads.
-        probe_size: number of held-out samples; unreadable ones are skipped.
+        probe_size: number of held-out samples; unreadable ones are left out, with a warning.
         data_scale: number of training samples, all others when None.
         seed: of the draw, and of the order.
 
@@ -56,6 +57,8 @@ def open_shards(place: str, probe_size: int, data_scale: int | None, seed: int) 
         everything, [_share(probe_size, total), _share(wanted, total)], seed=seed
     )
     samples = [_to_sample(place, raw) for raw in held_out[0:probe_size]]
+    for line in (line for sample in samples for line in sample.unreadable):
+        rank_zero_warn(f"left out of the probe: {line}")
     return training, [sample for sample in samples if not sample.unreadable]
 
 
