@@ -245,7 +245,10 @@ class PretrainingData(pl.LightningDataModule):
         held_out: Any = self.split()[1]
         starts = range(0, len(held_out), self.batch_size)
         chunks = [[held_out[i] for i in range(s, min(s + self.batch_size, len(held_out)))] for s in starts]
-        return Probe([{k: v for k, v in collate(chunk).items() if k != "unreadable"} for chunk in chunks])
+        batches = [collate(chunk) for chunk in chunks]
+        for line in (line for batch in batches for line in batch.pop("unreadable")):
+            rank_zero_warn(f"replaced in the probe: {line}")
+        return Probe(batches)
 
     def choices(self) -> ChoiceProbe:
         """Multiple-choice items for :class:`~mir_lightning.SDSCallback`, asked as the model is trained to answer.

@@ -1,6 +1,7 @@
 """Every shipped config: it parses to what it says, and takes two steps with tiny weights of the same classes."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 
 from mir_lightning import evaluate_mir
 from mir_lightning.llava.backbones import ModelSource, build_processor
+from mir_lightning.llava.images import UnreadableImageError
 from mir_lightning.llava.saved import load_vlm
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.report import read_run
@@ -69,6 +71,7 @@ def _two_steps(recipe, tmp_path, weights, *configs, model="llava15_7b", after=()
         "data": {"batch_size": 2, "global_batch_size": 2, "data_scale": 8, "probe_size": 4, "num_workers": 0},
         "mir": {"every_n_steps": 1},
     }
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
     files = [*configs, tmp_path / "small.yaml", *after]
     recipe.main(["fit", *(part for file in files for part in ("--config", str(file)))])
@@ -116,6 +119,30 @@ def test_two_steps_of_the_small_pair_with_all_that_can_be_measured(recipe, tmp_p
     assert 10 < tokens / samples < 200  # tokens of a sample
     (pictures,) = tmp_path.glob("**/captions_media/captions.png")
     assert pictures.stat().st_size > 5000
+
+
+def test_unreadable_pictures_are_named_replaced_and_at_last_too_many(recipe, tmp_path, weights, recwarn):
+    (tmp_path / "images").mkdir()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A picture."}]
+    records = [{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(12)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    for number in range(0, 12, 2):
+        Image.effect_noise((20, 20), 50).save(tmp_path / "images" / f"{number}.png")
+        (tmp_path / "images" / f"{number + 1}.png").write_bytes(b"cut off")
+    data = {
+        "files": [str(tmp_path / "data.json")],
+        "image_folder": str(tmp_path / "images"),
+        "max_unreadable": 0.9,
+    }
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": data}))
+    config = CONFIGS / "models" / "llava15_7b.yaml"
+    _two_steps(recipe, tmp_path, weights, config, after=[tmp_path / "data.yaml"])
+    said = [str(warning.message) for warning in recwarn]
+    for where in ("left out: ", "replaced in the probe: "):
+        assert any(line.startswith(f"{where}{tmp_path / 'images'}") and "cannot identify" in line for line in said)
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": {**data, "max_unreadable": 0.01}}))
+    with pytest.raises(UnreadableImageError, match=r"pictures cannot be read: more than max_unreadable=0\.01"):
+        _two_steps(recipe, tmp_path / "again", weights, config, after=[tmp_path / "data.yaml"])
 
 
 def test_a_probe_of_other_pictures_and_texts(recipe, tmp_path, weights):
