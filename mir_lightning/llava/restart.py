@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from mir_lightning.callbacks.mir import MIRCallback
+from mir_lightning.callbacks.probing import ProbingCallback
 
 LAST = "last"  # name of the checkpoint that a run goes on from
 _FINISHED = "finished"
@@ -162,7 +162,7 @@ class Preemption(pl.Callback):
             place = Path(checkpoint_folder(trainer.default_root_dir)) / f"{LAST}.ckpt"
             trainer.save_checkpoint(place)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, MIRCallback):
+                if isinstance(callback, ProbingCallback):
                     callback.at_end = False  # this is no end
             rank_zero_info(
                 f"stopped by {self._received or 'a signal to another rank'} at step {trainer.global_step}; saved "

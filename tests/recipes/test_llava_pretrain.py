@@ -11,7 +11,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 ROOT = Path(__file__).parents[2]
 DEMO, UNFROZEN = (str(ROOT / "recipes" / "configs" / f"{name}.yaml") for name in ("demo", "demo_unfrozen"))
-SMALL = ["--data.batch_size=2", "--data.probe_size=4", "--mir.every_n_steps=1", "--trainer.max_steps=2"]
+SMALL = [
+    "--data.batch_size=2",
+    "--data.shapes_choices=1",
+    "--data.probe_size=4",
+    "--mir.every_n_steps=1",
+    "--trainer.max_steps=2",
+]
 
 
 def _recipe(*arguments, cwd=ROOT):

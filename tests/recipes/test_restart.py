@@ -58,6 +58,10 @@ def _check_what_is_left(folder, vlm):
     exported = AutoModelForImageTextToText.from_pretrained(best.with_suffix("")).state_dict()
     assert all(torch.equal(exported[k.removeprefix("vlm.")], v) for k, v in checkpoint["state_dict"].items())
     assert AutoProcessor.from_pretrained(best.with_suffix("")).image_token_id
+    callbacks = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    for name in ("RecipeMIR", "CaptionCallback"):
+        (history,) = [state["history"] for key, state in callbacks.items() if key.startswith(name)]
+        assert [point["step"] for point in history] == [0, 2, 4, 6, 8, 10]  # none where the run was stopped
     assert not list(folder.glob("**/.*.part"))
     assert (folder / "checkpoints" / "finished").exists()
     mirs = [
