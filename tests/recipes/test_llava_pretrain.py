@@ -15,6 +15,8 @@ SMALL = [
     "--data.batch_size=2",
     "--data.shapes_choices=1",
     "--data.probe_size=4",
+    "--captions.max_new_tokens=4",
+    "--checkpoint.save_top_k=0",
     "--mir.every_n_steps=1",
     "--trainer.max_steps=2",
 ]

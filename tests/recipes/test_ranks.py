@@ -34,7 +34,7 @@ def alone(tmp_path_factory, vlm):
 
 
 def _start(folder, config):
-    """Once more, which goes on, where torch's own code has freed memory twice: FSDP2 over gloo did, on CPU, rarely."""
+    """Once more, which goes on, where torch's own code freed memory twice, as FSDP2 over gloo rarely does."""
     run = start(folder, config)
     return start(folder, config) if "double free or corruption" in run.stderr else run
 
