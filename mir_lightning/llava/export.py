@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from mir_lightning.llava.restart import BetweenSteps
+from mir_lightning.llava.saved import has_adapters
 from mir_lightning.llava.schedule import Part, parameters_of
 from mir_lightning.llava.sharding import gathered
 from mir_lightning.moca import save_moca
@@ -35,19 +36,15 @@ def export(vlm: PreTrainedModel, processor: Any, folder: Path) -> None:
     save_file(projector, beside / "projector.safetensors")
     if getattr(vlm.config, CONFIG_FLAG, False):
         save_moca(vlm, beside / "moca.safetensors")
-    if _adapted(vlm):
+    if has_adapters(vlm):
         _save_adapter(vlm, beside / "adapter", folder)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
 
-def _adapted(vlm: PreTrainedModel) -> bool:
-    return any(isinstance(module, LoraLayer) for module in vlm.modules())
-
-
 def _merged(vlm: PreTrainedModel) -> PreTrainedModel:
     """The model with its adapters in its weights; a copy if it has any."""
-    if not _adapted(vlm):
+    if not has_adapters(vlm):
         return vlm
     merged = copy.deepcopy(vlm)
     for name, module in list(merged.named_modules()):

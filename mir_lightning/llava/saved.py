@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from mir_lightning import moca
 from mir_lightning.llava.schedule import Part, parameters_of
@@ -45,11 +45,16 @@ def _from_checkpoint(path: Path, **options: Any) -> PreTrainedModel:
     state = checkpoint["state_dict"]
     if any(".lora_" in name for name in state):
         raise ValueError(f"{path} holds LoRA adapters: take the folder of the same name beside it, merged.")
-    config = AutoConfig.for_model(**checkpoint["vlm_config"])
-    model = AutoModelForImageTextToText.from_config(config, **options)
+    model = from_config(AutoConfig.for_model(**checkpoint["vlm_config"]), **options)
+    model.load_state_dict({k.removeprefix(_VLM_PREFIX): v for k, v in state.items() if k.startswith(_VLM_PREFIX)})
+    return model
+
+
+def from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of that config, untrained, with MoCa if the config says so."""
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, **options)
     if getattr(config, moca.inject.CONFIG_FLAG, False):
         moca.inject_moca(model)
-    model.load_state_dict({k.removeprefix(_VLM_PREFIX): v for k, v in state.items() if k.startswith(_VLM_PREFIX)})
     return model
 
 
@@ -100,8 +105,13 @@ def load_part(vlm: PreTrainedModel, file: Path) -> None:
         _load_projector(vlm, tensors, file)
 
 
+def has_adapters(vlm: PreTrainedModel) -> bool:
+    """Whether LoRA adapters are in the model."""
+    return any(isinstance(module, LoraLayer) for module in vlm.modules())
+
+
 def _load_adapters(vlm: PreTrainedModel, tensors: dict[str, Tensor], file: Path) -> None:
-    if not any(isinstance(module, LoraLayer) for module in vlm.modules()):
+    if not has_adapters(vlm):
         raise ValueError(f"parts: {file} holds LoRA adapters: set model.lora, of the same rank and targets.")
     own = {name.replace(".default.", "."): p for name, p in vlm.named_parameters() if ".lora_" in name}
     given = {name.removeprefix(_ADAPTER_PREFIX): tensor for name, tensor in tensors.items()}

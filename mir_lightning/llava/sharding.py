@@ -12,10 +12,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mir_lightning.moca import inject_moca
-from mir_lightning.moca.inject import CONFIG_FLAG
+from mir_lightning.llava.saved import from_config
 from mir_lightning.vlm import find_decoder
 
 
@@ -76,9 +75,7 @@ def gathered(vlm: PreTrainedModel) -> PreTrainedModel | None:
     if not state:
         return None
     with torch.device("meta"):
-        whole: PreTrainedModel = AutoModelForImageTextToText.from_config(vlm.config)
-        if getattr(vlm.config, CONFIG_FLAG, False):
-            inject_moca(whole)
+        whole = from_config(vlm.config)
         for config in getattr(vlm, "peft_config", {}).values():
             inject_adapter_in_model(config, whole)
     nn.Module.load_state_dict(whole, state, assign=True)

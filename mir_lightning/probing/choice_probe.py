@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 from torch import Tensor
 
 from mir_lightning.probing.choice_items import IMAGE, ChoiceItem, ImageSource, check_items, open_image
+
+T = TypeVar("T")
 
 ChoicesLike = Union["ChoiceProbe", Callable[[], "ChoiceProbe"]]
 
@@ -106,12 +108,7 @@ class ChoiceProbe:
         Raises:
             TypeError: for anything else.
         """
-        made = source() if callable(source) else source
-        if not isinstance(made, ChoiceProbe):
-            raise TypeError(
-                f"items must be a ChoiceProbe or a callable that makes one, got {type(made).__name__}."
-            )
-        return made
+        return made_of(ChoiceProbe, source)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -195,6 +192,16 @@ class ChoiceProbe:
             (ids,) = valid_rows(inputs, inputs["input_ids"])
             found.append(Candidate(ids, common_prefix(prompt, ids)))
         return found
+
+
+def made_of(kind: type[T], source: T | Callable[[], T]) -> T:
+    """``source``, or what it makes if it is a zero-argument callable; a ``TypeError`` for any other kind."""
+    made = source() if callable(source) else source
+    if not isinstance(made, kind):
+        raise TypeError(
+            f"items must be a {kind.__name__} or a callable that makes one, got {type(made).__name__}."
+        )
+    return made
 
 
 def valid_rows(inputs: dict[str, Any], values: Tensor) -> list[list[int]]:

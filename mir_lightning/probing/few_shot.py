@@ -20,7 +20,7 @@ from torch import nn
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.probing.candidate_scores import CandidateScorer, Forward
 from mir_lightning.probing.choice_items import IMAGE, ChoiceItem
-from mir_lightning.probing.choice_probe import ChoiceProbe
+from mir_lightning.probing.choice_probe import ChoiceProbe, made_of
 from mir_lightning.probing.choices import batches_of
 from mir_lightning.probing.isolation import leave_no_trace
 from mir_lightning.probing.ranks import run_items
@@ -103,12 +103,7 @@ class FewShotProbe:
         Raises:
             TypeError: for anything else.
         """
-        made = source() if callable(source) else source
-        if not isinstance(made, FewShotProbe):
-            raise TypeError(
-                f"items must be a FewShotProbe or a callable that makes one, got {type(made).__name__}."
-            )
-        return made
+        return made_of(FewShotProbe, source)
 
     @property
     def fingerprint(self) -> str:
