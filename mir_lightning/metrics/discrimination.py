@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from torchmetrics import Metric
 
 from mir_lightning.functional.discrimination import right_shares, soft_discrimination_score
 from mir_lightning.metrics.figures import subplots
+from mir_lightning.metrics.precise import PreciseMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ class Discrimination(NamedTuple):
     items: int
 
 
-class SoftDiscriminationScore(Metric):
+class SoftDiscriminationScore(PreciseMetric):
     """Soft Discrimination Score (SDS) and accuracy of multiple-choice items; higher is better.
 
     Source: RADAR (arXiv 2602.12892). Per task it is the mean over the items of the probability of the right
@@ -144,10 +144,6 @@ class SoftDiscriminationScore(Metric):
             raise ValueError(f"tasks of the metrics differ: {self.tasks} and {incoming_state.tasks}.")
         super().merge_state(incoming_state)
         self._computed = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
-        """Follow ``fn`` to its device but keep the states' precision."""
-        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
     def plot(
         self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None

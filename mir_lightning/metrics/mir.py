@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from torchmetrics import Metric
 
 from mir_lightning.functional.checks import check_at_least_one, check_choice
 from mir_lightning.functional.frechet import Gaussian
@@ -36,6 +34,7 @@ from mir_lightning.metrics.moments import (
     packed_size,
     update_moments,
 )
+from mir_lightning.metrics.precise import PreciseMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +50,7 @@ class AccumulatedOutlierError(ValueError):
     """Tokens that the final 3-sigma rule excludes were accumulated earlier in the stream, or the reverse."""
 
 
-class ModalityIntegrationRate(Metric):
+class ModalityIntegrationRate(PreciseMetric):
     r"""Modality Integration Rate over a stream of tokens; lower is better aligned.
 
     .. math:: \mathrm{MIR} = \log_{10} \sum_{k=1}^{L} \mathrm{FD}(\omega(\alpha_k V_k), \omega(\alpha_k T_k))
@@ -392,10 +391,6 @@ class ModalityIntegrationRate(Metric):
         setattr(self, f"{group}_dropped", [torch.cat([dropped, open_norms[~open_inlier]])])
         setattr(self, f"{group}_rows", [])
         setattr(self, f"{group}_moments", list(all_reduce_moments(moments, pg)))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
-        """Follow ``fn`` to its device but keep the states' precision."""
-        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
     def plot(
         self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
