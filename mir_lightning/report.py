@@ -25,13 +25,14 @@ _STEP_KEYS = ("step", "trainer/global_step", "global_step")
 _RESAMPLES = 2000
 # Panels by title: the names whose curves they show, in this order; a trailing "/" takes all directly below.
 _PANELS: dict[str, tuple[str, ...]] = {
-    "Modality Integration Rate": ("mir",),
+    "Modality Integration Rate": ("mir", "mir_robust"),
     "Soft Discrimination Score": ("sds/", "sds"),
     "Accuracy": ("acc/", "acc"),
     "Loss": ("train/loss", "loss", "mir_probe/loss"),
     "Held-out perplexity": ("mir_probe/perplexity",),
     "Few-shot exact match": ("few_shot/em_0", "few_shot/em_4", "few_shot/em_8"),
     "Effective rank": ("mir_rank/vision", "mir_rank/text"),
+    "Share of massive tokens": ("mir_massive/vision", "mir_massive/text"),
 }
 _PANELS_OF_CHOICES = ("Soft Discrimination Score", "Accuracy")
 

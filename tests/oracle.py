@@ -29,9 +29,13 @@ def lower_median(values, axis=0):
     return np.sort(values, axis=axis).take((values.shape[axis] - 1) // 2, axis=axis)
 
 
-def outliers(tokens):
+def outliers(tokens, variant="paper"):
     norms = np.linalg.norm(tokens, axis=1)
-    return np.abs(norms - lower_median(norms)) > 3 * norms.std(ddof=1)
+    offsets = np.abs(norms - lower_median(norms))
+    sigma = norms.std(ddof=1)
+    if variant == "robust" and (deviation := lower_median(offsets)) > 0:
+        sigma = max(1.4826 * deviation, 0.02 * lower_median(norms))
+    return offsets > 3 * sigma
 
 
 def mir_layers(vision, text, variant="paper"):
@@ -42,9 +46,9 @@ def mir_layers(vision, text, variant="paper"):
         cleaned = []
         for tokens in (v, t):
             tokens = alpha * tokens
-            bad = outliers(tokens)
+            bad = outliers(tokens, variant)
             replaced = np.where(bad[:, None], lower_median(tokens), tokens)
-            cleaned.append(tokens[~bad] if variant == "paper" else replaced)
+            cleaned.append(replaced if variant.startswith("official") else tokens[~bad])
         distances.append(token_frechet_distance(*cleaned))
     return np.array(distances)
 

@@ -2,6 +2,22 @@
 
 import torch
 
+KINDS = (
+    "plain",
+    "massive",
+    "masked",
+    "masked_vision",
+    "half_massive",
+    "half_equal",
+    "huge_mean",
+    "few_tokens",
+    "constant",
+    "duplicated",
+)
+
+
+_MASSIVE_SHARES = {"masked": 0.2, "masked_vision": 0.2, "half_massive": 0.49}
+
 
 def hostile_layers(kind, dtype=torch.float32, layers=2, n_vision=700, n_text=500, d=24, seed=0, device="cpu"):
     """``(vision, text)``: lists of ``layers`` tensors ``[n, d]`` with correlated dimensions."""
@@ -16,6 +32,12 @@ def hostile_layers(kind, dtype=torch.float32, layers=2, n_vision=700, n_text=500
             x = torch.randn(n, d, generator=generator, dtype=torch.float64) @ mixing + offset
             if kind == "massive":
                 x[torch.randperm(n, generator=generator)[: max(1, n // 100)], 0] += 1000 * x.norm(dim=1).mean()
+            elif kind in _MASSIVE_SHARES and not (kind == "masked_vision" and modalities):
+                chosen = torch.randperm(n, generator=generator)[: int(_MASSIVE_SHARES[kind] * n)]
+                x[chosen] *= 50 + 50 * torch.rand(len(chosen), 1, generator=generator, dtype=torch.float64)
+            elif kind == "half_equal":  # a little more than half of the norms are the same: no median deviation
+                x[: n // 2 + 2] = x[0].roll(1) * torch.sign(torch.randn(n // 2 + 2, d, generator=generator))
+                x = x[torch.randperm(n, generator=generator)]
             elif kind == "huge_mean":
                 x += 1e3 * x.std()
             elif kind == "constant":

@@ -40,7 +40,7 @@ class MIRTrainerCallback(TrainerCallback):
         every_n_steps: optimizer steps between evaluations; ``None`` for none.
         at_start: evaluate before the first step.
         at_end: evaluate after the last step.
-        variant: ``"paper"``, ``"official"`` or ``"official-fast"``.
+        variant: of ``mir``: ``"paper"``, ``"robust"``, ``"official"`` or ``"official-fast"``.
         text: which positions count as text: ``"after_vision"`` or ``"all"``.
         model: dotted path of the Hugging Face model inside the trainer's; found by itself when None.
         name: prefix of everything logged.

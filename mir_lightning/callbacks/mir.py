@@ -29,10 +29,12 @@ class MIRCallback(ProbingCallback):
 
     Nothing is asked of the LightningModule but that it holds a Hugging Face vision-language model. The run
     is the same bit for bit with and without the callback. Logged to every logger of the Trainer, and set in
-    ``trainer.callback_metrics`` (so that ``ModelCheckpoint(monitor="mir")`` works): ``mir``,
+    ``trainer.callback_metrics`` (so that ``ModelCheckpoint(monitor="mir")`` works): ``mir`` and ``mir_robust``
+    (by an outlier rule that many massive tokens cannot mask). To the loggers only:
     ``mir_layers/layer_01`` and on, ``mir_rank/vision`` and ``mir_rank/text`` (mean effective rank; a low MIR
     with a low vision rank is collapse, not alignment), ``mir_outliers/vision`` and ``mir_outliers/text`` (share
-    of the tokens), ``mir_probe/seconds``, ``mir_probe/overhead`` (share of the training time so far), and with
+    of the tokens), ``mir_massive/vision`` and ``mir_massive/text`` (share outside the robust rule),
+    ``mir_probe/seconds``, ``mir_probe/overhead`` (share of the training time so far), and with
     labels in the probe ``mir_probe/loss`` and ``mir_probe/perplexity``; pictures ``mir_media/layers``,
     ``mir_media/heatmap`` and ``mir_media/tokens``.
 
@@ -45,7 +47,7 @@ class MIRCallback(ProbingCallback):
         every_n_steps: optimizer steps between evaluations; ``None`` for none. The schedules below add to it.
         at_start: evaluate before the first step.
         at_end: evaluate after the last step, if that step was not evaluated yet.
-        variant: ``"paper"``, ``"official"`` or ``"official-fast"``.
+        variant: of ``mir``: ``"paper"``, ``"robust"``, ``"official"`` or ``"official-fast"``.
         text: which positions count as text: ``"after_vision"`` or ``"all"``.
         model: dotted path of the Hugging Face model inside the LightningModule; found by itself when None.
         name: prefix of everything logged; choose another for a second probe.
@@ -167,7 +169,7 @@ class MIRCallback(ProbingCallback):
         return reporting.scalars(result, self.name)
 
     def _monitored(self, result: MIRResult) -> dict[str, float]:
-        return {self.name: result.mir}
+        return {self.name: result.mir, f"{self.name}_robust": result.mir_robust}
 
     def _point(self, result: MIRResult, step: int) -> dict[str, Any]:
         return reporting.point(result, step)

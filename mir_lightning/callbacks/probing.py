@@ -19,7 +19,7 @@ from mir_lightning.functional.checks import check_choice
 
 OnError = Literal["warn", "raise"]
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 
 class ProbingCallback(pl.Callback, ABC):

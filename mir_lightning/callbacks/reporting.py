@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from mir_lightning.functional.mir import inlier_bounds, is_inlier, norms_of
+from mir_lightning.functional.mir import norms_of, outlier_rules
 from mir_lightning.probing.evaluate import MIRResult
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ _MEAN_COLOUR, _COV_COLOUR, _LOSS_COLOUR = "#0072B2", "#E69F00", "#009E73"
 
 def scalars(result: MIRResult, name: str = "mir") -> dict[str, float]:
     """Everything a logger can plot, under the names every door uses."""
-    rank = result.effective_rank.mean(dim=0)
-    values = {
-        name: result.mir,
-        f"{name}_rank/vision": rank[0].item(),
-        f"{name}_rank/text": rank[1].item(),
-        f"{name}_outliers/vision": result.outliers[:, 0].sum().item()
-        / (result.vision_tokens * len(result.layers)),
-        f"{name}_outliers/text": result.outliers[:, 1].sum().item() / (result.text_tokens * len(result.layers)),
-    }
+    tokens = torch.tensor([result.vision_tokens, result.text_tokens])
+    values = {name: result.mir, f"{name}_robust": result.mir_robust}
+    for reading, of_layers in (
+        ("rank", result.effective_rank),
+        ("outliers", result.outliers / tokens),
+        ("massive", result.massive / tokens),
+    ):
+        vision, text = of_layers.mean(dim=0).tolist()
+        values |= {f"{name}_{reading}/vision": vision, f"{name}_{reading}/text": text}
     if result.loss is not None and result.perplexity is not None:
         values |= {f"{name}_probe/loss": result.loss, f"{name}_probe/perplexity": result.perplexity}
     for layer, distance in enumerate(result.layers.tolist(), start=1):
@@ -46,11 +46,13 @@ def point(result: MIRResult, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "mir": result.mir,
+        "mir_robust": result.mir_robust,
         "loss": result.loss,
         "perplexity": result.perplexity,
         "seconds": result.seconds,
         "vision_rank": result.effective_rank[:, 0].mean().item(),
         "text_rank": result.effective_rank[:, 1].mean().item(),
+        "vision_massive": (result.massive[:, 0] / result.vision_tokens).mean().item(),
         "layers": result.layers.tolist(),
     }
 
@@ -61,11 +63,13 @@ def logged_point(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {
         "step": values["step"],
         "mir": values[name],
+        "mir_robust": values[f"{name}_robust"],
         "loss": values.get(f"{name}_probe/loss"),
         "perplexity": values.get(f"{name}_probe/perplexity"),
         "seconds": values[f"{name}_probe/seconds"],
         "vision_rank": values[f"{name}_rank/vision"],
         "text_rank": values[f"{name}_rank/text"],
+        "vision_massive": values[f"{name}_massive/vision"],
         "layers": [values[key] for key in sorted(values, key=lambda k: (len(k), k)) if key.startswith(prefix)],
     }
 
@@ -146,7 +150,7 @@ def heatmap_figure(steps: Sequence[int], layers: Sequence[Sequence[float]]) -> F
 def token_figure(result: MIRResult, step: int) -> Figure:
     """Vision and text tokens of one layer on the first two principal components of both; without outliers."""
     norms = [norms_of(part) for part in result.sample]
-    kept = [part[is_inlier(n, inlier_bounds(n))] for part, n in zip(result.sample, norms, strict=True)]
+    kept = [part[outlier_rules(n).inliers(n, "robust")] for part, n in zip(result.sample, norms, strict=True)]
     tokens = torch.cat(kept)
     centred = tokens - tokens.mean(dim=0)
     _, deviations, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -178,7 +182,9 @@ def curve_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
     figure.set_size_inches(10, 3)
     steps = [point["step"] for point in history]
     panels = figure.subplots(1, 3)
-    panels[0].plot(steps, [point["mir"] for point in history], "o-", color="black")
+    panels[0].plot(steps, [point["mir"] for point in history], "o-", color="black", label="MIR")
+    panels[0].plot(steps, [point["mir_robust"] for point in history], "x:", color="#D55E00", label="robust")
+    panels[0].legend(frameon=False)
     panels[0].set_title("Modality Integration Rate")
     panels[0].set_ylabel("MIR (lower: better aligned)")
     if all(point["loss"] is not None for point in history):
@@ -335,12 +341,10 @@ def _log_media(
 def layer_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of all that is known by layer, from the fields of a result."""
     columns = ["layer", "distance", "mean gap", "covariance gap", "vision rank", "text rank"]
-    columns += ["vision outliers", "text outliers"]
-    numbers = [torch.as_tensor(result[key])[:, None] for key in ("layers", "mean_gap", "cov_gap")]
-    pairs = [torch.as_tensor(result[key]) for key in ("effective_rank", "outliers")]
-    return columns, [
-        [layer, *row] for layer, row in enumerate(torch.cat(numbers + pairs, dim=1).tolist(), start=1)
-    ]
+    columns += ["vision outliers", "text outliers", "robust distance", "vision massive", "text massive"]
+    keys = ("layers", "mean_gap", "cov_gap", "effective_rank", "outliers", "robust_layers", "massive")
+    numbers = [torch.as_tensor(result[key]).reshape(len(result["layers"]), -1) for key in keys]
+    return columns, [[layer, *row] for layer, row in enumerate(torch.cat(numbers, dim=1).tolist(), start=1)]
 
 
 def picture_folder(trainer: pl.Trainer, name: str = "mir") -> Path:

@@ -16,7 +16,17 @@ from mir_lightning.cli.models import add_model_options
 from mir_lightning.cli.probe import Parsers, add_probe_options
 
 _MUST_AGREE = {"source": "probe", "variant": "variant", "text": "text positions"}
-_COLUMNS = ("model", "mir", "vision rank", "text rank", "vision tokens", "text tokens", "layers", "variant")
+_COLUMNS = (
+    "model",
+    "mir",
+    "robust",
+    "vision rank",
+    "text rank",
+    "vision tokens",
+    "text tokens",
+    "layers",
+    "variant",
+)
 
 
 def add_parser(commands: Parsers, parents: list[argparse.ArgumentParser]) -> None:
@@ -74,7 +84,7 @@ def _record(source: str, options: argparse.Namespace) -> dict[str, Any]:
         record = json.loads(Path(source).read_text("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{source} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or not {"mir", "layers", "source", "variant"} <= record.keys():
+    if not isinstance(record, dict) or not {"mir", "mir_robust", "layers", "source", "variant"} <= record.keys():
         raise ValueError(f'{source} is no result of "mir-lightning eval --json".')
     return record
 
@@ -98,16 +108,27 @@ def _names(records: Sequence[dict[str, Any]]) -> list[str]:
 def _row(name: str, record: dict[str, Any]) -> list[Any]:
     layers = len(record["layers"])
     ranks = [sum(column) / layers for column in zip(*record["effective_rank"], strict=True)]
-    return [name, record["mir"], *ranks, record["vision_tokens"], record["text_tokens"], layers, record["variant"]]
+    return [
+        name,
+        record["mir"],
+        record["mir_robust"],
+        *ranks,
+        record["vision_tokens"],
+        record["text_tokens"],
+        layers,
+        record["variant"],
+    ]
 
 
 def _table(names: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
     width = max(len("model"), *(len(name) for name in names))
-    lines = [f"{'model':<{width}}  {'MIR':>7}  {'rank of vision':>14}  {'text':>6}  by layer, to the largest"]
+    lines = [
+        f"{'model':<{width}}  {'MIR':>7}  {'robust':>7}  {'vision rank':>11}  {'text':>6}  layers, to the largest"
+    ]
     for name, record in zip(names, records, strict=True):
-        _, mir, vision_rank, text_rank, *_ = _row(name, record)
+        _, mir, robust, vision_rank, text_rank, *_ = _row(name, record)
         lines.append(
-            f"{name:<{width}}  {mir:>7.4f}  {vision_rank:>14.1f}  {text_rank:>6.1f}  "
+            f"{name:<{width}}  {mir:>7.4f}  {robust:>7.4f}  {vision_rank:>11.1f}  {text_rank:>6.1f}  "
             f"{layer_bars(record['layers'])}"
         )
     return "\n".join(lines)

@@ -117,12 +117,17 @@ def _run(options: argparse.Namespace) -> None:
 
 def summary(record: dict[str, Any]) -> str:
     """The number, what it was measured on, and the curve by layer in one line."""
-    outliers = [sum(column) for column in zip(*record["outliers"], strict=True)]
+    outliers, massive = (
+        [sum(column) for column in zip(*record[key], strict=True)] for key in ("outliers", "massive")
+    )
+    tokens = (record["vision_tokens"], record["text_tokens"])
+    shares = [count / (total * len(record["layers"])) for count, total in zip(massive, tokens, strict=True)]
     ranks = [sum(column) / len(record["layers"]) for column in zip(*record["effective_rank"], strict=True)]
     lines = [
         f"MIR {record['mir']:.4f} ({record['variant']}; lower is better aligned)",
+        f"  robust    {record['mir_robust']:.4f}; massive: {shares[0]:.1%} of vision tokens, {shares[1]:.1%} of text",
         f"  prompt    {json.dumps(record['prompt'])}",
-        f"  tokens    {record['vision_tokens']} vision, {record['text_tokens']} text ({record['text']})",
+        f"  tokens    {tokens[0]} vision, {tokens[1]} text ({record['text']})",
         f"  outliers  {outliers[0]} vision, {outliers[1]} text, over {len(record['layers'])} layers",
         f"  rank      {ranks[0]:.1f} vision, {ranks[1]:.1f} text (mean over layers)",
         f"  layers    {layer_bars(record['layers'])}  {min(record['layers']):.3g} to {max(record['layers']):.3g}",

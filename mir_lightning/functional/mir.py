@@ -17,7 +17,14 @@ from mir_lightning.functional.differentiable import token_frechet_distance
 from mir_lightning.functional.frechet import Gaussian, frechet_gaps
 from mir_lightning.functional.precision import full_float32
 
-Variant = Literal["paper", "official", "official-fast"]
+Variant = Literal["paper", "robust", "official", "official-fast"]
+Rule = Literal["paper", "robust"]
+
+BOTH, PAPER_ONLY, ROBUST_ONLY, NEITHER = range(4)
+"""Classes of tokens by the outlier rules that keep them, see :meth:`OutlierRules.classes`."""
+
+_NORMAL = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
+_LEAST_SPREAD = 0.02
 
 
 class LayerDistance(NamedTuple):
@@ -30,7 +37,9 @@ class LayerDistance(NamedTuple):
         effective_rank: of vision and text tokens, ``[2]``.
         total_variance: of vision and text tokens after scaling, ``[2]``.
         tokens: vision and text tokens seen, outliers included, ``[2]``.
-        outliers: vision and text tokens outside the 3-sigma rule, ``[2]``.
+        outliers: vision and text tokens outside the outlier rule of the variant, ``[2]``.
+        robust: the Fréchet distance of variant ``"robust"``.
+        massive: vision and text tokens outside the robust rule, ``[2]``.
     """
 
     mean_gap: Tensor
@@ -40,6 +49,8 @@ class LayerDistance(NamedTuple):
     total_variance: Tensor
     tokens: Tensor
     outliers: Tensor
+    robust: Tensor
+    massive: Tensor
 
     @property
     def distance(self) -> Tensor:
@@ -83,18 +94,49 @@ def token_norms(modality: str, tokens: Tensor, layer: int) -> Tensor:
     return norms
 
 
-def inlier_bounds(norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Median norm and the largest distance from it that is not an outlier (3 sigma), of norms ``[n]``, n >= 2.
+class OutlierRules(NamedTuple):
+    """Which norms are outliers, by both rules: those further than a margin from the median.
 
-    Lower median and unbiased standard deviation (method of the released code).
+    Attributes:
+        median: of all norms, the lower one, float64 scalar.
+        paper: margin of the MIR paper's rule, 3 sigma.
+        robust: margin of the same rule with a sigma that outliers cannot inflate.
     """
-    return norms.median(), 3 * norms.std()
+
+    median: Tensor
+    paper: Tensor
+    robust: Tensor
+
+    def offsets(self, norms: Tensor) -> Tensor:
+        """Distances of ``norms`` ``[n]`` from the median."""
+        return (norms - self.median).abs()
+
+    def inliers(self, norms: Tensor, rule: Rule) -> Tensor:
+        """Boolean ``[n]``: which of ``norms`` a rule keeps."""
+        return self.offsets(norms) <= getattr(self, rule)
+
+    def classes(self, norms: Tensor) -> Tensor:
+        """uint8 ``[n]``: whether both rules keep a token, only one does, or neither."""
+        offsets = self.offsets(norms)
+        return (offsets > self.robust).byte() * PAPER_ONLY + (offsets > self.paper).byte() * ROBUST_ONLY
 
 
-def is_inlier(norms: Tensor, bounds: tuple[Tensor, Tensor] | tuple[float, float]) -> Tensor:
-    """Boolean ``[n]``: which of ``norms`` lie within ``bounds`` as :func:`inlier_bounds` gives them."""
-    median, margin = bounds
-    return (norms - median).abs() <= margin
+def outlier_rules(norms: Tensor) -> OutlierRules:
+    """The rules that norms ``[n]``, n >= 2, set for themselves.
+
+    *paper*: 3 sigma around the lower median, sigma the unbiased standard deviation (released code). Many massive
+    tokens inflate sigma until the rule misses them (masking).
+
+    *robust*: sigma is 1.4826 times the median absolute deviation (Hampel's identifier; lower medians), which
+    anything less than half of the tokens cannot move; but at least 2 % of the median, so that tokens that are
+    nearly alike are not outliers for being less alike. Where the deviation is 0, more than half of the norms are
+    equal and it tells nothing: the paper's sigma.
+    """
+    median = norms.median()
+    paper = 3 * norms.std()
+    deviation = (norms - median).abs().median()
+    spread = torch.maximum(_NORMAL * deviation, _LEAST_SPREAD * median)
+    return OutlierRules(median, paper, torch.where(deviation > 0, 3 * spread, paper))
 
 
 def text_scale(text_norms: Tensor, layer: int) -> Tensor:
@@ -115,21 +157,37 @@ def check_count(modality: str, count: int, layer: int) -> None:
 
 
 def layer_distance(
-    vision: Gaussian, text: Gaussian, scale: Tensor, tokens: Sequence[int], outliers: Sequence[int]
+    own: tuple[Gaussian, Gaussian],
+    robust: tuple[Gaussian, Gaussian],
+    scale: Tensor,
+    tokens: Sequence[int],
+    outliers: Sequence[int],
+    massive: Sequence[int],
 ) -> LayerDistance:
-    """Distance of two unscaled Gaussians after text-centric normalisation by ``scale``.
+    """Distance of unscaled Gaussians of vision and text after text-centric normalisation by ``scale``.
 
     Scaling the tokens scales squared distances and variances by its square, and leaves ranks as they are.
+
+    Args:
+        own: of the tokens that the variant keeps.
+        robust: of those that the robust rule keeps; the same object where they are the same tokens.
+        scale: text-centric scale alpha.
+        tokens: numbers of vision and text tokens.
+        outliers: how many of them the variant does not keep.
+        massive: how many the robust rule does not keep.
     """
-    mean_gap, cov_gap = frechet_gaps(vision, text)
+    mean_gap, cov_gap = frechet_gaps(*own)
+    distance = mean_gap + cov_gap if robust is own else torch.stack(frechet_gaps(*robust)).sum()
     return LayerDistance(
         mean_gap * scale**2,
         cov_gap * scale**2,
         scale,
-        torch.stack([vision.effective_rank, text.effective_rank]),
-        torch.stack([vision.total_variance, text.total_variance]) * scale**2,
+        torch.stack([gaussian.effective_rank for gaussian in own]),
+        torch.stack([gaussian.total_variance for gaussian in own]) * scale**2,
         torch.tensor(tokens, dtype=torch.float64),
         torch.tensor(outliers, dtype=torch.float64),
+        distance * scale**2,
+        torch.tensor(massive, dtype=torch.float64),
     )
 
 
@@ -157,18 +215,25 @@ def clean_tokens(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> 
     for modality, tokens in (("vision", vision), ("text", text)):
         check_count(modality, len(tokens), layer)
         norms.append(token_norms(modality, tokens, layer))
-        inlier = is_inlier(norms[-1], inlier_bounds(norms[-1]))
+        inlier = outlier_rules(norms[-1]).inliers(norms[-1], rule_of(variant))
         outliers.append(int((~inlier).sum()))
-        cleaned.append(tokens[inlier] if variant == "paper" else _replace(tokens, inlier))
+        cleaned.append(_replace(tokens, inlier) if variant.startswith("official") else tokens[inlier])
         check_count(modality, len(cleaned[-1]), layer)
     return CleanTokens(cleaned[0], cleaned[1], text_scale(norms[1], layer), [len(n) for n in norms], outliers)
 
 
-def token_layer_distance(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> LayerDistance:
-    """Distance of one layer's tokens ``[n_v, d]``, ``[n_t, d]``, all of them at hand."""
-    clean = clean_tokens(vision, text, variant, layer)
-    gaussians = [Gaussian.from_tokens(tokens) for tokens in (clean.vision, clean.text)]
-    result = layer_distance(gaussians[0], gaussians[1], clean.scale, clean.tokens, clean.outliers)
+def rule_of(variant: Variant) -> Rule:
+    """The outlier rule of a variant."""
+    return "robust" if variant == "robust" else "paper"
+
+
+def official_layer_distance(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> LayerDistance:
+    """Distance of one layer's tokens ``[n_v, d]``, ``[n_t, d]`` by an official variant; it needs all of them."""
+    clean, robust = (clean_tokens(vision, text, kind, layer) for kind in (variant, "robust"))
+    own, others = (
+        (Gaussian.from_tokens(tokens.vision), Gaussian.from_tokens(tokens.text)) for tokens in (clean, robust)
+    )
+    result = layer_distance(own, others, clean.scale, clean.tokens, clean.outliers, robust.outliers)
     return result._replace(cov_gap=_five_step_cov_gap(clean, layer)) if variant == "official-fast" else result
 
 
@@ -230,11 +295,12 @@ def modality_integration_rate(
     Args:
         vision: L tensors ``[n_v, d]``: the vision tokens' hidden states after each decoder layer.
         text: L tensors ``[n_t, d]``.
-        variant: ``"paper"`` removes outliers; ``"official"`` replaces them by the coordinate-wise median, as
+        variant: ``"paper"`` removes outliers; ``"robust"`` does so by a rule that many massive activations cannot
+            mask (see :func:`outlier_rules`); ``"official"`` replaces them by the coordinate-wise median, as
             the released code does; ``"official-fast"`` also takes the released default's float32 cross term.
         return_layers: also return the Fréchet distances by layer.
         differentiable: back-propagate through the result to the tokens, so that MIR can serve as an auxiliary
-            loss; for ``"paper"`` and ``"official"``. Which tokens are outliers is held constant. Takes longer
+            loss; not for ``"official-fast"``. Which tokens are outliers is held constant. Takes longer
             (a singular value decomposition a layer); otherwise the result carries no gradient.
 
     Returns:
@@ -260,7 +326,7 @@ def modality_integration_rate(
             f"got {len(vision)} and {len(text)}."
         )
     if differentiable and variant == "official-fast":
-        raise ValueError('differentiable=True takes variant "paper" or "official", got "official-fast".')
+        raise ValueError('differentiable=True takes variant "paper", "robust" or "official", got "official-fast".')
     distances = []
     for layer, (v, t) in enumerate(zip(vision, text, strict=True)):
         check_tokens(v, t, layer)

@@ -27,11 +27,13 @@ class MIRProgressBar(TQDMProgressBar):
 
 
 def history_table(history: Iterable[Mapping[str, Any]]) -> str:
-    """The curve as text: step, held-out loss, perplexity, MIR."""
-    lines = [f"{'step':>8} {'held-out loss':>14} {'perplexity':>11} {'MIR':>7}"]
+    """The curve as text: step, held-out loss, perplexity, MIR, and MIR by the robust rule."""
+    lines = [f"{'step':>8} {'held-out loss':>14} {'perplexity':>11} {'MIR':>7} {'robust':>7}"]
     for point in history:
         loss, perplexity = ("-" if point[key] is None else f"{point[key]:.3f}" for key in ("loss", "perplexity"))
-        lines.append(f"{point['step']:>8} {loss:>14} {perplexity:>11} {point['mir']:>7.3f}")
+        lines.append(
+            f"{point['step']:>8} {loss:>14} {perplexity:>11} {point['mir']:>7.3f} {point['mir_robust']:>7.3f}"
+        )
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,16 +12,22 @@ from torch import Tensor
 from mir_lightning.functional.checks import check_at_least_one, check_choice
 from mir_lightning.functional.frechet import Gaussian
 from mir_lightning.functional.mir import (
+    BOTH,
+    NEITHER,
+    PAPER_ONLY,
+    ROBUST_ONLY,
     LayerDistance,
+    OutlierRules,
+    Rule,
     Variant,
     check_count,
     check_tokens,
-    inlier_bounds,
-    is_inlier,
     layer_distance,
     norms_of,
+    official_layer_distance,
+    outlier_rules,
+    rule_of,
     text_scale,
-    token_layer_distance,
     token_norms,
 )
 from mir_lightning.metrics.figures import subplots
@@ -42,12 +49,37 @@ if TYPE_CHECKING:
 
 Modality = Literal["vision", "text"]
 _MODALITIES: tuple[Modality, Modality] = ("vision", "text")
-_STATES = ("norms", "dropped", "rows", "moments")
+_STATES = ("norms", "classes", "rows", "moments")
+_PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated, each apart
+_KEPT: dict[Rule, tuple[int, int]] = {"paper": (BOTH, PAPER_ONLY), "robust": (BOTH, ROBUST_ONLY)}
+_SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
 _LEAST_ROOM = 2**20  # bytes of raw tokens kept before judging any: enough for steady statistics
 
 
 class AccumulatedOutlierError(ValueError):
-    """Tokens that the final 3-sigma rule excludes were accumulated earlier in the stream, or the reverse."""
+    """Tokens that a final outlier rule excludes were accumulated earlier in the stream, or the reverse."""
+
+
+class _Part(NamedTuple):
+    """One modality of a layer, its outliers known.
+
+    Attributes:
+        rules: of all its tokens.
+        norms: of all its tokens.
+        classes: of those tokens.
+        rows: tokens held back, with the class of each.
+        row_classes: of ``rows``.
+    """
+
+    rules: OutlierRules
+    norms: Tensor
+    classes: Tensor
+    rows: Tensor
+    row_classes: Tensor
+
+    def excluded(self, rule: Rule) -> int:
+        """Number of tokens that a rule does not keep."""
+        return sum(int((self.classes == c).sum()) for c in range(NEITHER + 1) if c not in _KEPT[rule])
 
 
 class ModalityIntegrationRate(PreciseMetric):
@@ -58,15 +90,17 @@ class ModalityIntegrationRate(PreciseMetric):
     Source: MIR paper (arXiv 2410.07167), section 3. Any split of the tokens into updates, and of the updates
     over ranks, gives what :func:`~mir_lightning.functional.modality_integration_rate` gives for all of them.
 
-    With ``variant="paper"`` one pass suffices. Per layer and modality the metric holds
+    With ``variant="paper"`` or ``"robust"`` one pass suffices, and gives both numbers. Per layer and modality the
+    metric holds
 
     - one float64 a token: its norm, which decides the scale and the outliers at the end, exactly;
     - raw tokens while they take less room than a covariance; after that, only those whose norm is unusual
-      so far, which the outlier rule may yet exclude;
-    - the mean and (half of the symmetric) covariance of the others: about ``4 d²`` bytes in float64.
+      so far, which an outlier rule may yet exclude;
+    - the mean and (half of the symmetric) covariance of the others: about ``4 d²`` bytes in float64; and another
+      for tokens that one of the two rules keeps, where they are too many to hold.
 
-    A token that was accumulated as usual and turns out to be an outlier (or the reverse) is noticed:
-    :meth:`compute` raises, and :meth:`start_second_pass` followed by the same updates gives the exact answer.
+    A token that was accumulated and turns out to be of another class is noticed: :meth:`compute` raises, and
+    :meth:`start_second_pass` followed by the same updates gives the exact answer.
 
     The official variants need the coordinate-wise median of all tokens, so they keep every token.
 
@@ -76,7 +110,7 @@ class ModalityIntegrationRate(PreciseMetric):
     Args:
         num_layers: number of decoder layers, L.
         hidden_size: width d of the tokens.
-        variant: ``"paper"``, ``"official"`` or ``"official-fast"``; see the functional.
+        variant: ``"paper"``, ``"robust"``, ``"official"`` or ``"official-fast"``; see the functional.
         accumulator: dtype that covariances are stored in: ``torch.float64``, or ``torch.float32`` for half the
             memory. Products are float64 all the same; the rounding in between changes MIR by less than 1e-6.
         kwargs: as every torchmetrics Metric takes them.
@@ -121,7 +155,7 @@ class ModalityIntegrationRate(PreciseMetric):
         self.variant = variant
         self.accumulator = accumulator
         self._distances: list[LayerDistance] | None = None
-        self._fixed_bounds: dict[str, tuple[float, float]] | None = None
+        self._fixed_rules: dict[str, OutlierRules] | None = None
         for group in self._groups():
             for state in _STATES:
                 self.add_state(f"{group}_{state}", default=[], dist_reduce_fx=None)
@@ -181,13 +215,13 @@ class ModalityIntegrationRate(PreciseMetric):
                 self._add(group, tokens.detach(), token_norm)
 
     def _add(self, group: str, tokens: Tensor, norms: Tensor) -> None:
-        if self._fixed_bounds is not None:
-            self._accumulate(group, tokens[is_inlier(norms, self._fixed_bounds[group])])
+        if self._fixed_rules is not None:
+            self._accumulate(group, tokens, self._fixed_rules[group].classes(norms))
             return
         held = self._state(group, "rows")
         room = max(packed_size(self.hidden_size) * self.accumulator.itemsize, _LEAST_ROOM)
         first = not self._state(group, "moments")
-        if self.variant != "paper" or (first and _bytes_of(held) + tokens.nbytes <= room):
+        if self._keeps_tokens or (first and _bytes_of(held) + tokens.nbytes <= room):
             held.append(tokens.clone())
             return
         if first:
@@ -196,46 +230,59 @@ class ModalityIntegrationRate(PreciseMetric):
         self._sort(group, tokens, norms, room // 2)
 
     def _sort(self, group: str, tokens: Tensor, norms: Tensor, room: int) -> None:
-        """Accumulate the tokens with usual norms; hold the others back for the final outlier rule.
+        """Accumulate the tokens with usual norms; hold the others back for the final outlier rules.
 
-        Where more than ``room`` bytes are held, those that have become usual are released, and the more usual
-        half of the others, but never one that is an outlier among all seen so far.
+        Where more than ``room`` bytes are held, those that have become usual are released, and the surely massive,
+        far outside the robust rule and well inside the paper's; where that is not enough, also that half of the
+        others that is further from any margin. Never a token that neither rule keeps among all seen so far.
         """
         held = self._state(group, "rows")
-        seen = torch.cat([*self._state(group, "norms"), *map(norms_of, held), norms])
-        median, outlier_margin = inlier_bounds(seen)
-        margin = _usual_margin(seen, median, outlier_margin)
-        self._split(group, tokens, norms, (norms - median).abs() <= margin)
-        if _bytes_of(held) > room:
+        rules = outlier_rules(torch.cat([*self._state(group, "norms"), *map(norms_of, held), norms]))
+        usual = _SURE * torch.minimum(rules.paper, rules.robust)
+        self._release(group, tokens, norms, torch.where(rules.offsets(norms) <= usual, BOTH, NEITHER))
+        for pressed in (False, True):
+            if _bytes_of(held) <= room:
+                return
             rows = torch.cat(held)
             held.clear()
             norms = norms_of(rows)
-            offset = (norms - median).abs()
-            inliers = offset[offset <= outlier_margin]
-            if len(inliers):
-                margin = torch.maximum(margin, inliers.median())
-            self._split(group, rows, norms, offset <= margin)
+            offsets, classes = rules.offsets(norms), rules.classes(norms)
+            sure = (offsets <= usual) | ((offsets > 2 * rules.robust) & (offsets <= _SURE * rules.paper))
+            if pressed and (kept := classes != NEITHER).any():
+                leeway = torch.minimum((offsets / rules.robust - 1).abs(), (offsets / rules.paper - 1).abs())
+                sure |= kept & (leeway >= leeway[kept].median())
+            for part, moments in enumerate(self._moments(group)):
+                if moments is None and rows[sure & (classes == part)].nbytes < room:
+                    sure &= classes != part  # holding them takes less than moments of their own
+            self._release(group, rows, norms, torch.where(sure, classes, NEITHER))
 
-    def _split(self, group: str, tokens: Tensor, norms: Tensor, usual: Tensor) -> None:
-        if usual.all():
-            self._accumulate(group, tokens)
-        else:
-            self._accumulate(group, tokens[usual])
-            self._state(group, "rows").append(tokens[~usual])
-        self._state(group, "norms").append(norms[usual])
+    def _release(self, group: str, tokens: Tensor, norms: Tensor, classes: Tensor) -> None:
+        """Accumulate tokens by class; hold back those of class ``NEITHER``."""
+        open_ = classes == NEITHER
+        if open_.any():
+            self._state(group, "rows").append(tokens[open_])
+            tokens, norms, classes = tokens[~open_], norms[~open_], classes[~open_]
+        self._accumulate(group, tokens, classes)
+        self._state(group, "norms").append(norms)
+        self._state(group, "classes").append(classes.byte())
 
-    def _accumulate(self, group: str, tokens: Tensor) -> None:
-        if not len(tokens):
-            return
-        moments = self._moments(group)
-        if moments is None:
-            setattr(self, f"{group}_moments", list(moments_of(tokens, self.accumulator)))
-        else:
-            update_moments(moments, tokens)
+    def _accumulate(self, group: str, tokens: Tensor, classes: Tensor) -> None:
+        """Add tokens to the moments of their classes; those of class ``NEITHER`` to none."""
+        for part in _PARTS:
+            of_part = classes == part
+            chosen = tokens if of_part.all() else tokens[of_part]
+            if not len(chosen):
+                continue
+            moments = self._moments(group)
+            if (known := moments[part]) is not None:
+                update_moments(known, chosen)
+            else:
+                moments[part] = moments_of(chosen, self.accumulator)
+                setattr(self, f"{group}_moments", _packed(moments))
 
-    def _moments(self, group: str) -> Moments | None:
-        state = self._state(group, "moments")
-        return Moments(*state) if state else None
+    def _moments(self, group: str) -> list[Moments | None]:
+        """Of each part; ``None`` for one without tokens."""
+        return _unpacked(self._state(group, "moments"))
 
     def compute(self) -> Tensor:
         """MIR of everything seen, a float64 scalar.
@@ -247,6 +294,10 @@ class ModalityIntegrationRate(PreciseMetric):
         self._distances = [self._layer_distance(layer) for layer in range(self.num_layers)]
         return torch.stack([d.distance.cpu() for d in self._distances]).sum().log10()
 
+    def compute_robust(self) -> Tensor:
+        """MIR by the robust outlier rule, whatever the variant, a float64 scalar."""
+        return torch.stack([d.robust.cpu() for d in self.compute_breakdown()]).sum().log10()
+
     def compute_layers(self) -> Tensor:
         """Fréchet distances by layer, ``[L]``, float64."""
         return torch.stack([d.distance.cpu() for d in self.compute_breakdown()])
@@ -257,51 +308,66 @@ class ModalityIntegrationRate(PreciseMetric):
         assert self._distances is not None
         return self._distances
 
-    def _layer_distance(self, layer: int) -> LayerDistance:
-        if self.variant != "paper":
-            vision, text = (self._all_rows(f"{modality}_{layer}") for modality in _MODALITIES)
-            return token_layer_distance(vision, text, self.variant, layer)
-        gaussians, counts, outliers, scale = [], [], [], torch.zeros(())
-        for modality in _MODALITIES:
-            group = f"{modality}_{layer}"
-            rows = self._all_rows(group)
-            row_norms = norms_of(rows)
-            known, dropped = (self._all_norms(group, state) for state in ("norms", "dropped"))
-            norms = torch.cat([known, dropped, row_norms])
-            check_count(modality, len(norms), layer)
-            bounds = inlier_bounds(norms)
-            wrong = int((~is_inlier(known, bounds)).sum() + is_inlier(dropped, bounds).sum())
-            if wrong:
-                raise AccumulatedOutlierError(
-                    f"{wrong} {modality} tokens of layer {layer} looked usual when they were accumulated "
-                    "and are outliers among all tokens seen: call start_second_pass() and repeat the same "
-                    "updates, or shuffle the stream."
-                )
-            inlier = is_inlier(row_norms, bounds)
-            counts.append(len(norms))
-            outliers.append(len(dropped) + int((~inlier).sum()))
-            check_count(modality, counts[-1] - outliers[-1], layer)
-            gaussians.append(self._gaussian(group, rows[inlier]))
-            if modality == "text":
-                scale = text_scale(norms, layer)
-        return layer_distance(gaussians[0], gaussians[1], scale, counts, outliers)
+    @property
+    def _keeps_tokens(self) -> bool:
+        return self.variant.startswith("official")
 
-    def _gaussian(self, group: str, rows: Tensor) -> Gaussian:
-        moments = self._moments(group)
+    def _layer_distance(self, layer: int) -> LayerDistance:
+        groups = [f"{modality}_{layer}" for modality in _MODALITIES]
+        if self._keeps_tokens:
+            vision, text = map(self._all_rows, groups)
+            return official_layer_distance(vision, text, self.variant, layer)
+        parts = [self._judged(group, modality, layer) for group, modality in zip(groups, _MODALITIES, strict=True)]
+        own: Rule = rule_of(self.variant)
+        excluded: dict[Rule, list[int]] = {rule: [part.excluded(rule) for part in parts] for rule in _KEPT}
+        for modality, part, outliers in zip(_MODALITIES, parts, excluded[own], strict=True):
+            check_count(modality, len(part.norms) - outliers, layer)
+        gaussians = self._gaussians(groups, parts, own)
+        alike = not any(((part.classes == PAPER_ONLY) | (part.classes == ROBUST_ONLY)).any() for part in parts)
+        robust = gaussians if alike or own == "robust" else self._gaussians(groups, parts, "robust")
+        counts = [len(part.norms) for part in parts]
+        scale = text_scale(parts[1].norms, layer)
+        return layer_distance(gaussians, robust, scale, counts, excluded[own], excluded["robust"])
+
+    def _judged(self, group: str, modality: Modality, layer: int) -> _Part:
+        """The tokens of a group with their final classes; what was accumulated has to be of the class it was."""
+        rows = self._all_rows(group)
+        row_norms = norms_of(rows)
+        known, filed = self._all(group, "norms", torch.float64), self._all(group, "classes", torch.uint8)
+        norms = torch.cat([known, row_norms])
+        check_count(modality, len(norms), layer)
+        rules = outlier_rules(norms)
+        wrong = int((rules.classes(known) != filed).sum())
+        if wrong:
+            raise AccumulatedOutlierError(
+                f"{wrong} {modality} tokens of layer {layer} looked usual (or massive) when they were accumulated "
+                "and do not among all tokens seen: call start_second_pass() and repeat the same updates, or "
+                "shuffle the stream."
+            )
+        row_classes = rules.classes(row_norms)
+        return _Part(rules, norms, torch.cat([filed, row_classes]), rows, row_classes)
+
+    def _gaussians(self, groups: Sequence[str], parts: Sequence[_Part], rule: Rule) -> tuple[Gaussian, Gaussian]:
+        vision, text = (self._gaussian(group, part, rule) for group, part in zip(groups, parts, strict=True))
+        return vision, text
+
+    def _gaussian(self, group: str, part: _Part, rule: Rule) -> Gaussian:
+        """Of the tokens that a rule keeps."""
+        both, only = _KEPT[rule]
+        rows = part.rows[(part.row_classes == both) | (part.row_classes == only)]
+        moments = reduce(_union, [self._moments(group)[c] for c in _KEPT[rule]])
         if moments is None:
             return Gaussian.from_tokens(rows)
-        if len(rows):
-            moments = merge_moments(moments, moments_of(rows, self.accumulator))
+        moments = self._with(moments, rows)
+        assert moments is not None
         return Gaussian(*mean_and_covariance(moments), eps=torch.finfo(self.accumulator).eps)
 
     def _all_rows(self, group: str) -> Tensor:
         rows = self._state(group, "rows")
         return torch.cat(rows) if rows else torch.zeros(0, self.hidden_size, device=self._device_of(group))
 
-    def _all_norms(self, group: str, state: str) -> Tensor:
-        return torch.cat(
-            [torch.zeros(0, dtype=torch.float64, device=self._device_of(group)), *self._state(group, state)]
-        )
+    def _all(self, group: str, state: str, dtype: torch.dtype) -> Tensor:
+        return torch.cat([torch.zeros(0, dtype=dtype, device=self._device_of(group)), *self._state(group, state)])
 
     def _device_of(self, group: str, default: torch.device | None = None) -> torch.device:
         for state in _STATES:
@@ -319,22 +385,17 @@ class ModalityIntegrationRate(PreciseMetric):
             self.unsync()
         local = {group: self._seen_norms(group) for group in self._groups()}
         with self.sync_context(should_sync=self._to_sync):
-            bounds = {}
-            for group in self._groups():
-                median, margin = inlier_bounds(self._seen_norms(group))
-                bounds[group] = (median.item(), margin.item())
+            rules = {group: outlier_rules(self._seen_norms(group)) for group in self._groups()}
         for group, norms in local.items():
-            inlier = is_inlier(norms, bounds[group])
-            setattr(self, f"{group}_norms", [norms[inlier]])
-            setattr(self, f"{group}_dropped", [norms[~inlier]])
+            setattr(self, f"{group}_norms", [norms])
+            setattr(self, f"{group}_classes", [rules[group].classes(norms)])
             setattr(self, f"{group}_rows", [])
             setattr(self, f"{group}_moments", [])
-        self._fixed_bounds = bounds
+        self._fixed_rules = rules
         self._computed = None
 
     def _seen_norms(self, group: str) -> Tensor:
-        rows = norms_of(self._all_rows(group))
-        return torch.cat([self._all_norms(group, "norms"), self._all_norms(group, "dropped"), rows])
+        return torch.cat([self._all(group, "norms", torch.float64), norms_of(self._all_rows(group))])
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -342,7 +403,7 @@ class ModalityIntegrationRate(PreciseMetric):
             setattr(self, name, [])
         super().reset()
         self._distances = None
-        self._fixed_bounds = None
+        self._fixed_rules = None
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge another stream's states into this one (used by ``forward`` and ``merge_state``)."""
@@ -350,10 +411,10 @@ class ModalityIntegrationRate(PreciseMetric):
             own, incoming = getattr(self, name), incoming_state[name]
             if not name.endswith("_moments"):
                 setattr(self, name, incoming + own)
-            elif own and incoming:
-                setattr(self, name, list(merge_moments(Moments(*incoming), Moments(*own))))
-            elif incoming:
-                setattr(self, name, [part.clone() for part in incoming])
+            else:
+                both = zip(_unpacked(incoming), _unpacked(own), strict=True)
+                merged = _packed([_union(*pair) for pair in both])
+                setattr(self, name, [tensor.clone() for tensor in merged])
         self._computed = None
 
     def _sync_dist(
@@ -363,34 +424,50 @@ class ModalityIntegrationRate(PreciseMetric):
         assert dist_sync_fn is not None
         pg = process_group or self.process_group
         for group in self._groups():
-            if self.variant == "paper":
+            if not self._keeps_tokens:
                 self._sync_moments(group, dist_sync_fn, pg)
             else:
                 gathered = dist_sync_fn(self._all_rows(group).double(), group=pg)
                 setattr(self, f"{group}_rows", [rows for rows in gathered if len(rows)])
 
     def _sync_moments(self, group: str, dist_sync_fn: Callable[..., list[Tensor]], pg: Any) -> None:
-        """The norms of all ranks decide which held tokens are inliers, so each rank adds its own."""
+        """The norms of all ranks decide the classes of the held tokens, so each rank adds its own."""
         rows = self._all_rows(group)
         row_norms = norms_of(rows)
-        known = torch.cat(dist_sync_fn(self._all_norms(group, "norms"), group=pg))
-        open_norms = torch.cat(dist_sync_fn(row_norms, group=pg))
-        dropped = torch.cat(dist_sync_fn(self._all_norms(group, "dropped"), group=pg))
-        seen = torch.cat([known, open_norms, dropped])
-        if len(seen) < 2:
-            setattr(self, f"{group}_norms", [seen])
-            setattr(self, f"{group}_rows", [])
-            return
-        bounds = inlier_bounds(seen)
-        moments = self._moments(group) or no_moments(self.hidden_size, self.accumulator, known.device)
-        inliers = rows[is_inlier(row_norms, bounds)]
-        if len(inliers):
-            moments = merge_moments(moments, moments_of(inliers, self.accumulator))
-        open_inlier = is_inlier(open_norms, bounds)
-        setattr(self, f"{group}_norms", [torch.cat([known, open_norms[open_inlier]])])
-        setattr(self, f"{group}_dropped", [torch.cat([dropped, open_norms[~open_inlier]])])
+        known, filed, open_norms = (
+            torch.cat(dist_sync_fn(tensor, group=pg))
+            for tensor in (
+                self._all(group, "norms", torch.float64),
+                self._all(group, "classes", torch.uint8),
+                row_norms,
+            )
+        )
+        seen = torch.cat([known, open_norms])
+        classes = filed.new_zeros(len(seen))
+        moments = self._moments(group)
+        if len(seen) >= 2:
+            rules = outlier_rules(seen)
+            classes = torch.cat([filed, rules.classes(open_norms)])
+            row_classes = rules.classes(row_norms)
+            moments = [
+                self._all_reduced(self._with(moments[c], rows[row_classes == c]), (classes == c).any(), pg)
+                for c in _PARTS
+            ]
+        setattr(self, f"{group}_norms", [seen])
+        setattr(self, f"{group}_classes", [classes])
         setattr(self, f"{group}_rows", [])
-        setattr(self, f"{group}_moments", list(all_reduce_moments(moments, pg)))
+        setattr(self, f"{group}_moments", _packed(moments))
+
+    def _with(self, moments: Moments | None, rows: Tensor) -> Moments | None:
+        """Moments with the held rows of their class; the argument does not change."""
+        return _union(moments, moments_of(rows, self.accumulator)) if len(rows) else moments
+
+    def _all_reduced(self, moments: Moments | None, anywhere: Tensor, pg: Any) -> Moments | None:
+        """Moments of a part over all ranks; ``None`` where none has a token of it."""
+        if not anywhere:
+            return None
+        none = no_moments(self.hidden_size, self.accumulator, anywhere.device)
+        return all_reduce_moments(moments or none, pg)
 
     def plot(
         self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
@@ -427,12 +504,18 @@ def _bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _usual_margin(norms: Tensor, median: Tensor, outlier_margin: Tensor) -> Tensor:
-    """How far from the median a norm is surely no outlier later on: tighter than 3 sigma, and robust.
+def _packed(parts: Sequence[Moments | None]) -> list[Tensor]:
+    """Moments of the parts as a state: two tensors each, empty ones for a part without tokens."""
+    device = next((part.head.device for part in parts if part is not None), None)
+    nothing = (torch.zeros(0, device=device), torch.zeros(0, device=device))
+    return [tensor for part in parts for tensor in part or nothing] if any(parts) else []
 
-    Massive activations inflate sigma, so the median absolute deviation bounds it too (4.5 of them are
-    3 sigma of a normal distribution).
-    """
-    deviation = (norms - median).abs().median()
-    tight = outlier_margin * (2.5 / 3)
-    return torch.where(deviation > 0, torch.minimum(tight, 4.5 * deviation), tight)
+
+def _unpacked(state: Sequence[Tensor]) -> list[Moments | None]:
+    pairs = zip(state[::2], state[1::2], strict=True)
+    return [Moments(*pair) if len(pair[0]) else None for pair in pairs] or [None] * len(_PARTS)
+
+
+def _union(first: Moments | None, second: Moments | None) -> Moments | None:
+    """Moments of two sets of tokens together."""
+    return merge_moments(first, second) if first is not None and second is not None else first or second

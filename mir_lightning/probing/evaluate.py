@@ -43,7 +43,10 @@ class MIRResult:
         scale: text-centric scale alpha by layer, ``[L]``.
         effective_rank: of vision and text tokens, ``[L, 2]``. A low MIR with a low vision rank is collapse.
         total_variance: of the normalised vision and text tokens, ``[L, 2]``.
-        outliers: vision and text tokens outside the 3-sigma rule, ``[L, 2]``.
+        outliers: vision and text tokens outside the outlier rule of the variant, ``[L, 2]``.
+        mir_robust: MIR by the robust outlier rule, which many massive tokens cannot mask, whatever the variant.
+        robust_layers: its Fréchet distances by layer, ``[L]``.
+        massive: vision and text tokens outside the robust rule, ``[L, 2]``.
         vision_tokens: number of vision tokens of the probe.
         text_tokens: number of text tokens of the probe.
         loss: mean cross-entropy over the probe's labels, in nats; ``None`` without labels.
@@ -65,6 +68,9 @@ class MIRResult:
     effective_rank: Tensor
     total_variance: Tensor
     outliers: Tensor
+    mir_robust: float
+    robust_layers: Tensor
+    massive: Tensor
     vision_tokens: int
     text_tokens: int
     loss: float | None
@@ -105,7 +111,7 @@ def evaluate_mir(
         model: a Hugging Face vision-language model, or a module that holds one; any module with
             ``hidden_states``.
         probe: the batches to run; they are moved to the model's device.
-        variant: ``"paper"``, ``"official"`` or ``"official-fast"``; see
+        variant: ``"paper"``, ``"robust"``, ``"official"`` or ``"official-fast"``; see
             :func:`~mir_lightning.functional.modality_integration_rate`.
         text: which positions count as text: ``"after_vision"`` or ``"all"``; padding never does.
         forward: called with a batch's inputs instead of the Hugging Face model, which it has to reach: for
@@ -153,12 +159,15 @@ def evaluate_mir(
         warnings.warn(UncheckedMaskWarning(_NOTHING_MOVED), stacklevel=2)
     stacked = {
         name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])
-        for name in ("mean_gap", "cov_gap", "scale", "effective_rank", "total_variance", "outliers")
+        for name in ("mean_gap", "cov_gap", "scale", "effective_rank", "total_variance", "outliers", "massive")
     }
+    robust_layers = torch.stack([layer.robust.cpu() for layer in breakdown])
     return MIRResult(
         mir=mir,
         layers=stacked["mean_gap"] + stacked["cov_gap"],
         **stacked,
+        mir_robust=robust_layers.sum().log10().item(),
+        robust_layers=robust_layers,
         vision_tokens=int(sum(m.vision.sum() for m in masks)),
         text_tokens=int(sum(m.text.sum() for m in masks)),
         loss=loss,

@@ -46,8 +46,12 @@ def _compare(d, device, sqrtm):
     gaussians = [lambda: Gaussian(mean_x, x), lambda: Gaussian(mean_y, y)]
     seconds, _ = best(lambda: torch.stack(frechet_gaps(*(g() for g in gaussians))), 2, device)
     print(f"{'a layer: its distance':<36}{seconds:>9.3f}")
-    seconds, _ = best(lambda: layer_distance(*(g() for g in gaussians), 1.0, (3 * d, 3 * d), (0, 0)), 2, device)
+    seconds, _ = best(lambda: _layer(*(g() for g in gaussians), d), 2, device)
     print(f"{'a layer: and both effective ranks':<36}{seconds:>9.3f}\n")
+
+
+def _layer(x, y, d):
+    return layer_distance((pair := (x, y)), pair, 1.0, (3 * d, 3 * d), (0, 0), (0, 0))
 
 
 def main():

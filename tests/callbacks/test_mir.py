@@ -173,7 +173,7 @@ def test_resume_neither_repeats_nor_loses_a_point(tmp_path, probe):
     assert _resume(tmp_path, MIRCallback(probe, every_n_steps=2), tmp_path / "early.ckpt") == [0, 2, 4, 6, 8]
     state["version"] = 1
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match="the checkpoint's mir state has version 1, this one reads 2"):
+    with pytest.raises(ValueError, match="the checkpoint's mir state has version 1, this one reads 3"):
         _resume(tmp_path, MIRCallback(probe, every_n_steps=2), tmp_path / "old.ckpt")
 
 
@@ -380,7 +380,7 @@ def test_a_probe_without_vision_tokens_is_refused_before_the_first_step(tmp_path
     ("options", "message"),
     [
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
-        ({"variant": "fast"}, "variant must be one of paper, official, official-fast, got 'fast'"),
+        ({"variant": "fast"}, "variant must be one of paper, robust, official, official-fast, got 'fast'"),
         ({"text": "caption"}, "text must be one of after_vision, all"),
         ({"on_error": "ignore"}, "on_error must be one of warn, raise"),
         ({"max_overhead": 0}, "max_overhead must lie above 0 and up to 1, got 0"),

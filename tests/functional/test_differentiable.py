@@ -23,7 +23,7 @@ def test_gradcheck_at_any_rank(n, m, d):
     assert token_frechet_distance(x, y).item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("variant", ["paper", "robust", "official"])
 def test_gradcheck_of_the_whole_rate(variant):
     """Scale and outlier rule included: one token of each modality is an outlier."""
     vision, text = _tokens(30, 3, 0, 0.5), _tokens(20, 3, 1)
@@ -40,7 +40,7 @@ def test_gradcheck_of_the_whole_rate(variant):
 
 
 @pytest.mark.parametrize("kind", ["plain", "massive", "huge_mean", "few_tokens", "constant", "duplicated"])
-@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("variant", ["paper", "robust", "official"])
 def test_value_is_the_other_forms_and_gradients_are_finite(kind, variant):
     vision, text = hostile_layers(kind)
     expected, layers = modality_integration_rate(vision, text, variant, return_layers=True)
@@ -69,5 +69,5 @@ def test_descending_the_gradient_aligns_the_tokens():
 
 
 def test_official_fast_is_refused():
-    with pytest.raises(ValueError, match='differentiable=True takes variant "paper" or "official"'):
+    with pytest.raises(ValueError, match='differentiable=True takes variant "paper", "robust" or "official"'):
         modality_integration_rate([torch.eye(3)], [torch.eye(3)], "official-fast", differentiable=True)

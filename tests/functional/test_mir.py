@@ -4,17 +4,18 @@ import scipy.linalg
 import torch
 
 from mir_lightning.functional import modality_integration_rate
+from mir_lightning.functional.mir import outlier_rules
 from tests import oracle
-from tests.streams import hostile_layers
+from tests.streams import KINDS, hostile_layers
 
 
 def _numpy(layers):
     return [layer.detach().double().cpu().numpy() for layer in layers]
 
 
-@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("variant", ["paper", "robust", "official"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["plain", "massive", "huge_mean", "few_tokens", "constant", "duplicated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_oracle_on_hostile_tokens(kind, dtype, variant, device):
     vision, text = hostile_layers(kind, dtype, device=device)
     mir, layers = modality_integration_rate(vision, text, variant, return_layers=True)
@@ -30,6 +31,27 @@ def test_massive_tokens_would_dominate_without_the_outlier_rule():
     with_all = oracle.token_frechet_distance(*(x / np.linalg.norm(t, axis=1).mean() for x in (v, t)))
     _, layers = modality_integration_rate(vision, text, return_layers=True)
     assert with_all > 10 * layers[0].item()
+
+
+def test_many_massive_tokens_mask_themselves_from_the_paper_rule_and_not_from_the_robust_one():
+    """A fifth at 50 to 100 times the norm: 3 sigma keeps them all."""
+    (plain, text), (masked, _) = hostile_layers("plain", layers=1), hostile_layers("masked_vision", layers=1)
+    healthy, paper, robust = (
+        modality_integration_rate(vision, text, variant).item()
+        for vision, variant in ((plain, "paper"), (masked, "paper"), (masked, "robust"))
+    )
+    assert paper > healthy + 1
+    assert robust == pytest.approx(healthy, abs=0.05)
+
+
+def test_tokens_nearly_alike_are_no_outliers_of_the_robust_rule():
+    """Norms of 1 with a spread of 1e-4, a tenth of them with 0.02: odd, but not massive. 1.2 is."""
+    norms = 1 + 1e-4 * torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norms[:100] += 0.02
+    norms[0] = 1.2
+    rules = outlier_rules(norms)
+    assert (~rules.inliers(norms, "robust")).nonzero().tolist() == [[0]]
+    assert rules.robust.item() == pytest.approx(3 * 0.02 * norms.median().item())
 
 
 def test_official_equals_the_accurate_mode_with_scipy_sqrtm():
@@ -99,7 +121,9 @@ def test_bad_input(vision, text, error, message):
 
 
 def test_unknown_variant():
-    with pytest.raises(ValueError, match="variant must be one of paper, official, official-fast, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="variant must be one of paper, robust, official, official-fast, got 'fast'"
+    ):
         modality_integration_rate([torch.randn(4, 3)], [torch.randn(4, 3)], "fast")
 
 

@@ -36,7 +36,7 @@ def probe():
     return Probe([tiny_batch(seed=s) for s in range(3)])
 
 
-@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("variant", ["paper", "robust", "official"])
 @pytest.mark.parametrize("text", ["after_vision", "all"])
 def test_equals_the_functional_on_output_hidden_states(probe, variant, text):
     model = tiny_llava().eval()

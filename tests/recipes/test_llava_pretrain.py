@@ -38,7 +38,7 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
     run = _recipe("fit", "--config", config, "--config", str(override), *SMALL, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines() if line]
-    header = lines.index(["step", "held-out", "loss", "perplexity", "MIR"])
+    header = lines.index(["step", "held-out", "loss", "perplexity", "MIR", "robust"])
     steps = [line[0] for line in lines[header + 1 : header + 4]]
     assert steps == ["0", "1", "2"]
     named = {line[0]: line[-1] for line in lines[header + 4 :]}
