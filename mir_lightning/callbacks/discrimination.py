@@ -111,6 +111,7 @@ class SDSCallback(ProbingCallback):
                 self.batch_size,
                 forward=forward_through_strategy(trainer, pl_module, network),
                 distributed=trainer.world_size > 1,
+                progress=self._bar_title(trainer),
             )
 
     def _values(self, result: ChoiceResult) -> dict[str, float]:

@@ -86,6 +86,7 @@ class FewShotCallback(ProbingCallback):
                 self.batch_size,
                 forward=forward_through_strategy(trainer, pl_module, network),
                 distributed=trainer.world_size > 1,
+                progress=self._bar_title(trainer),
             )
 
     def _values(self, result: FewShotResult) -> dict[str, float]:

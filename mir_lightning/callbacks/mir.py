@@ -158,6 +158,7 @@ class MIRCallback(ProbingCallback):
                 hidden_states=self.hidden_states,
                 sample_layer=self.picture_layer,
                 distributed=trainer.world_size > 1,
+                progress=self._bar_title(trainer),
                 layers=self.layers,
                 image_token_id=self.image_token_id,
                 check=self.check and self.hidden_states is None and not self._checked,

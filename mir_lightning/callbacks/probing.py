@@ -101,6 +101,12 @@ class ProbingCallback(pl.Callback, ABC):
         """Something about the history to warn of, once."""
         return None
 
+    def _bar_title(self, trainer: pl.Trainer) -> str | None:
+        """Of a bar of this evaluation, on rank 0 of a Trainer that shows bars."""
+        bar = trainer.progress_bar_callback
+        shown = trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
+        return f"{self.label} at step {trainer.global_step}" if shown else None
+
     @property
     def state_key(self) -> str:
         """Two callbacks of different names keep their own state in a checkpoint."""

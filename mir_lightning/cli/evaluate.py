@@ -96,7 +96,7 @@ def _evaluate(model: nn.Module, probe: Probe, options: argparse.Namespace) -> MI
         layers=options.layers,
         image_token_id=options.image_token_id,
         check=not options.no_check,
-        progress=not options.no_progress,
+        progress=None if options.no_progress else "probe",
     )
 
 
@@ -125,10 +125,11 @@ def summary(record: dict[str, Any]) -> str:
     ranks = [sum(column) / len(record["layers"]) for column in zip(*record["effective_rank"], strict=True)]
     lines = [
         f"MIR {record['mir']:.4f} ({record['variant']}; lower is better aligned)",
-        f"  robust    {record['mir_robust']:.4f}; massive: {shares[0]:.1%} of vision tokens, {shares[1]:.1%} of text",
+        f"  robust    {record['mir_robust']:.4f}",
         f"  prompt    {json.dumps(record['prompt'])}",
         f"  tokens    {tokens[0]} vision, {tokens[1]} text ({record['text']})",
         f"  outliers  {outliers[0]} vision, {outliers[1]} text, over {len(record['layers'])} layers",
+        f"  massive   {shares[0]:.1%} of vision, {shares[1]:.1%} of text tokens",
         f"  rank      {ranks[0]:.1f} vision, {ranks[1]:.1f} text (mean over layers)",
         f"  layers    {layer_bars(record['layers'])}  {min(record['layers']):.3g} to {max(record['layers']):.3g}",
         f"  seconds   {record['seconds']:.1f}",

@@ -49,7 +49,11 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """The feature extractor of EfficientNet-Lite0 as a Hugging Face vision model."""
+    """The feature extractor of EfficientNet-Lite0 as a Hugging Face vision model.
+
+    Its features are normalised, as those of vision transformers are: the raw ones are so uneven that some image
+    tokens turn into massive activations in the LLM, by the seed and even by the rounding of a machine.
+    """
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
@@ -68,6 +72,7 @@ class EfficientNetLiteModel(PreTrainedModel):
         """``[B, 3, 224, 224]`` -> last hidden state ``[B, 49, 1280]``."""
         grid = self.net.extract_features(pixel_values)  # [B, 1280, 7, 7]
         tokens = grid.flatten(2).transpose(1, 2)
+        tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
 

@@ -56,6 +56,7 @@ def evaluate_choices(
     *,
     forward: Forward | None = None,
     distributed: bool = False,
+    progress: str | None = None,
 ) -> ChoiceResult:
     """Soft Discrimination Score (RADAR, arXiv 2602.12892) of a model on multiple-choice items.
 
@@ -75,6 +76,7 @@ def evaluate_choices(
             models that must be entered through a wrapper.
         distributed: whether the ranks of the default process group each run their share of the items. The result
             is that of all of them, on every rank, and so is an error.
+        progress: title of a bar of the batches; none without.
 
     Returns:
         A :class:`ChoiceResult`.
@@ -94,7 +96,7 @@ def evaluate_choices(
     if getattr(vlm.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(vlm).__name__} is an encoder-decoder: its answers do not follow its prompts.")
     with leave_no_trace(model):
-        run = _Run(CandidateScorer(vlm, items, score, forward, distributed), distributed)
+        run = _Run(CandidateScorer(vlm, items, score, forward, distributed), distributed, progress)
         scores = run.in_memory(batch_size)
     metric = SoftDiscriminationScore(items.tasks, sync_on_compute=False)
     for item, of_item in zip(items.items, scores, strict=True):
@@ -119,9 +121,10 @@ def evaluate_choices(
 class _Run:
     """All items of a probe, on this rank's share or on all of it."""
 
-    def __init__(self, scorer: CandidateScorer, distributed: bool) -> None:
+    def __init__(self, scorer: CandidateScorer, distributed: bool, progress: str | None) -> None:
         self.scorer = scorer
         self.distributed = distributed
+        self.progress = progress
         self.shared_prefix = False
 
     def in_memory(self, batch_size: int) -> list[Tensor]:
@@ -131,7 +134,7 @@ class _Run:
             try:
                 self.shared_prefix = self._all_can_share(_check_items(items))
                 batches = batches_of(items, batch_size)
-                return run_items(batches, self._scores, self.distributed, self.scorer.device)
+                return run_items(batches, self._scores, self.distributed, self.scorer.device, self.progress)
             except torch.OutOfMemoryError as error:
                 if batch_size == 1:
                     raise

@@ -97,7 +97,7 @@ def evaluate_mir(
     layers: str | None = None,
     image_token_id: int | None = None,
     check: bool = False,
-    progress: bool = False,
+    progress: str | None = None,
 ) -> MIRResult:
     """Modality Integration Rate of a model on a probe.
 
@@ -127,7 +127,7 @@ def evaluate_mir(
         image_token_id: placeholder of vision tokens in ``input_ids``; that of the model's config when None.
         check: first run one batch twice, with other pixels the second time, and see that what moves at the
             decoder's first layer lies inside the vision mask. Warns where nothing moves.
-        progress: show a bar of the batches.
+        progress: title of a bar of the batches; none without.
 
     Returns:
         A :class:`MIRResult`.

@@ -131,6 +131,7 @@ def evaluate_few_shot(
     *,
     forward: Forward | None = None,
     distributed: bool = False,
+    progress: str | None = None,
 ) -> FewShotResult:
     """Exact match and F1 of answers that a model writes greedily after k examples.
 
@@ -143,6 +144,7 @@ def evaluate_few_shot(
         batch_size: answers written at a time.
         forward: called with a forward's inputs instead of the Hugging Face model.
         distributed: whether the ranks of the default process group each answer their share of the items.
+        progress: title of a bar of the batches; none without.
 
     Returns:
         A :class:`FewShotResult`, the same on every rank.
@@ -157,12 +159,14 @@ def evaluate_few_shot(
     with leave_no_trace(model):
         for count, probe in items.probes.items():
             scorer = CandidateScorer(vlm, probe, "logit", forward, distributed)
-            answers[count] = written_answers(scorer, batch_size, max_new_tokens)
+            answers[count] = written_answers(scorer, batch_size, max_new_tokens, progress)
             scores[count] = _by_task(probe.items, answers[count])
     return FewShotResult(scores, answers, items.fingerprint, time.perf_counter() - start)
 
 
-def written_answers(scorer: CandidateScorer, batch_size: int, max_new_tokens: int) -> list[str]:
+def written_answers(
+    scorer: CandidateScorer, batch_size: int, max_new_tokens: int, progress: str | None = None
+) -> list[str]:
     """By item of the scorer's probe, what the model writes greedily, up to a line break or its end token."""
     tokenizer, items = scorer.probe.processor.tokenizer, scorer.probe.items
 
@@ -174,7 +178,7 @@ def written_answers(scorer: CandidateScorer, batch_size: int, max_new_tokens: in
         return [tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0] for row in ended]
 
     alone = [replace(item, distractors=()) for item in items]  # an answer is one sequence
-    return run_items(batches_of(alone, batch_size), write, scorer.in_step, scorer.device)
+    return run_items(batches_of(alone, batch_size), write, scorer.in_step, scorer.device, progress)
 
 
 def _by_task(items: Sequence[ChoiceItem], answers: Sequence[str]) -> dict[str, AnswerScore]:

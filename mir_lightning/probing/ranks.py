@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm.auto import tqdm
 
 T = TypeVar("T")
 
@@ -20,9 +21,18 @@ def share_of_rank(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
     evenly, or are fewer than the ranks, some get an item that another rank counts.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    rounds = -(-len(items) // world)
-    indices = [rank + i * world for i in range(rounds)]
+    indices = range(rank, rounds_of(items) * world, world)
     return ((items[i % len(items)], i < len(items)) for i in indices)
+
+
+def rounds_of(items: Sequence[T]) -> int:
+    """How many items each rank runs."""
+    return -(-len(items) // dist.get_world_size())
+
+
+def progress_bar(items: Iterable[T], total: int, title: str | None) -> Iterable[T]:
+    """The items, with a bar under that title that disappears at the end; none without a title."""
+    return tqdm(items, total=total, desc=title, leave=False, disable=title is None)
 
 
 def run_items(
@@ -30,14 +40,17 @@ def run_items(
     run: Callable[[Sequence[int]], Sequence[T]],
     distributed: bool,
     device: torch.device,
+    progress: str | None = None,
 ) -> list[T]:
     """What ``run`` gives for each item, by index, of batches of indices that ranks may share.
 
-    Distributed, every rank gets all of it. Errors surface when all ranks have run theirs, on all of them.
+    With a title in ``progress`` a bar is shown. Distributed, every rank gets all of it; errors surface when all
+    ranks have run theirs, on all of them.
     """
     found: dict[int, T] = {}
     failure: Exception | None = None
-    for batch, counts in share_of_rank(batches) if distributed else ((b, True) for b in batches):
+    share = share_of_rank(batches) if distributed else ((b, True) for b in batches)
+    for batch, counts in progress_bar(share, rounds_of(batches) if distributed else len(batches), progress):
         try:
             results = run(batch)
         except Exception as error:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mir_lightning.functional.mir import Variant
 from mir_lightning.metrics.mir import AccumulatedOutlierError, ModalityIntegrationRate
 from mir_lightning.probing.batches import MaskedBatch
 from mir_lightning.probing.probe import Batch
-from mir_lightning.probing.ranks import raise_together, share_of_rank, sum_over_ranks
+from mir_lightning.probing.ranks import progress_bar, raise_together, rounds_of, share_of_rank, sum_over_ranks
 from mir_lightning.probing.selfcheck import check_vision_mask
 from mir_lightning.vlm import Decoder, TokenMasks, find_decoder
 
@@ -38,7 +37,7 @@ class ProbeRun:
         sample_layer: layer, counted from 1, to keep a sample of the tokens of; the middle one when None.
         distributed: whether each rank takes its share of the batches.
         layers: dotted path of the decoder layers; found by rule when None.
-        progress: whether to show a bar of the batches.
+        progress: title of a bar of the batches; none without.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class ProbeRun:
         sample_layer: int | None,
         distributed: bool,
         layers: str | None = None,
-        progress: bool = False,
+        progress: str | None = None,
     ) -> None:
         self.model = model
         self.variant = variant
@@ -111,7 +110,8 @@ class ProbeRun:
         self._samples = ([], [])
         self._sample_share = -(-_SAMPLE_SIZE // len(batches))
         share = share_of_rank(batches) if self.distributed else ((batch, True) for batch in batches)
-        for (batch, masks), counts in tqdm(share, total=len(batches), desc="probe", disable=not self.progress):
+        total = rounds_of(batches) if self.distributed else len(batches)
+        for (batch, masks), counts in progress_bar(share, total, self.progress):
             try:
                 self._run(batch, masks, counts)
             except Exception as error:

@@ -1,0 +1,88 @@
+"""Which precision this machine computes well in."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import lru_cache
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+_NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # names of torch.cpu.get_capabilities, x86 and ARM
+_SIZE = (512, 576, 1536)  # of the products that are timed: some tokens through a layer of a small model
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware (AVX512-BF16, AMX, ARM BF16), and torch may use it.
+
+    Without, PyTorch emulates them many times slower than float32. A limit in the environment variables
+    ``ONEDNN_MAX_CPU_ISA`` or ``ATEN_CPU_CAPABILITY`` below AVX512-BF16 counts as not having it.
+    """
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    limited = isa not in ("ALL", "DEFAULT") and "BF16" not in isa and "AMX" not in isa and "FP16" not in isa
+    limited |= os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2")
+    if limited or not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.12 does not tell
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _NATIVE)
+
+
+def best_precision(accelerator: str) -> tuple[str, str]:
+    """Lightning's name of the precision to train in, and why.
+
+    Args:
+        accelerator: as a Lightning ``Trainer`` takes it, ``"auto"`` included.
+
+    Returns:
+        ``"bf16-mixed"`` where bfloat16 is native, else ``"32-true"``, and the reason in words.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", f"{torch.cuda.get_device_name()} computes bfloat16 natively"
+        return "32-true", f"{torch.cuda.get_device_name()} does not compute bfloat16 natively"
+    if accelerator not in ("auto", "cpu"):
+        return "32-true", f"nothing is known of bfloat16 on accelerator {accelerator}"
+    if cpu_has_bfloat16():
+        return "bf16-mixed", "this CPU computes bfloat16 natively"
+    return "32-true", "this CPU does not compute bfloat16 natively"
+
+
+def cpu_dtype(saved: torch.dtype) -> torch.dtype:
+    """What to load weights of dtype ``saved`` in on the CPU: float32 instead of a precision that it emulates."""
+    if saved == torch.float16 or (saved == torch.bfloat16 and not cpu_has_bfloat16()):
+        return torch.float32
+    return saved
+
+
+@lru_cache(maxsize=1)
+def bfloat16_slowdown() -> float:
+    """How many times longer the CPU takes for products of bfloat16 than of float32; some tenths of a second."""
+    tokens, width, wide = _SIZE
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layer, hidden, gradient = (
+            torch.ones(shape, dtype=dtype) for shape in ((wide, width), (tokens, width), (tokens, wide))
+        )
+        runs = []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.nn.functional.linear(hidden, layer)
+            gradient @ layer
+            runs.append(time.perf_counter() - start)
+        seconds[dtype] = min(runs)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+def warn_of_slow_bfloat16(option: str, instead: str) -> None:
+    """One warning, where the CPU emulates bfloat16, that says what it costs.
+
+    Args:
+        option: what asked for bfloat16.
+        instead: what to ask for instead.
+    """
+    if not cpu_has_bfloat16():
+        rank_zero_warn(
+            f"{option}: this CPU does not compute bfloat16 natively; products take "
+            f"{bfloat16_slowdown():.1f} times as long as in float32 here. {instead} is faster."
+        )
