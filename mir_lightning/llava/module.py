@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from mir_lightning.llava.backbones import FeatureSelect, ModelSource, build_model, build_processor
+from mir_lightning.llava.memory import training_memory
 from mir_lightning.llava.saved import load_part
 from mir_lightning.llava.schedule import (
     Group,
@@ -122,6 +123,8 @@ class LlavaPretraining(pl.LightningModule):
         """Build the model once, frozen but for the first stage."""
         if hasattr(self, "vlm"):
             return
+        rank_zero_info("loading the model")
+        shards = 1 if self.device_mesh is None else self.device_mesh["data_parallel"].size()
         self.vlm = build_model(self.source, self.processor)
         if self.moca and not getattr(self.vlm.config, MOCA_FLAG, False):
             inject_moca(self.vlm)
@@ -136,6 +139,7 @@ class LlavaPretraining(pl.LightningModule):
         if self.device_mesh is not None:
             shard(self.vlm, self.device_mesh["data_parallel"])
         self._groups = optimizer_groups(self.vlm, self.stages)
+        rank_zero_info(f"memory     {training_memory(self.vlm, self.stages, shards)}")
         freeze_all_but(self.vlm, self.stages[0])
 
     def _add_adapters(self, lora: LoraOptions) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from mir_lightning.callbacks.probing import ProbingCallback
-
 LAST = "last"  # name of the checkpoint that a run goes on from
 _FINISHED = "finished"
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def checkpoint_folder(root: str | Path | None) -> str:
@@ -38,6 +34,11 @@ def interrupted_run(trainer: pl.Trainer) -> str | None:
         return None
     rank_zero_info(f"going on from {last}")
     return str(last)
+
+
+def begin_run(trainer: pl.Trainer) -> None:
+    """The run has not come to its end yet."""
+    (Path(checkpoint_folder(trainer.default_root_dir)) / _FINISHED).unlink(missing_ok=True)
 
 
 def mark_finished(trainer: pl.Trainer) -> None:
@@ -129,48 +130,3 @@ def _restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-class Preemption(pl.Callback):
-    """SIGTERM and SIGUSR1, as a cluster sends them: save after the step in progress, and stop cleanly.
-
-    Attributes:
-        stopped: whether a signal ended the run.
-    """
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._received: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals; Lightning's own answer to SIGTERM saves nothing."""
-        (Path(checkpoint_folder(trainer.default_root_dir)) / _FINISHED).unlink(missing_ok=True)
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-
-    def _note(self, number: int, _frame: Any) -> None:
-        self._received = signal.Signals(number).name
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Between optimizer steps, when any rank has got a signal."""
-        if not between_steps(trainer, batch_idx):
-            return
-        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False) and not self.stopped:
-            self.stopped = trainer.should_stop = True
-            place = Path(checkpoint_folder(trainer.default_root_dir)) / f"{LAST}.ckpt"
-            trainer.save_checkpoint(place)
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, ProbingCallback):
-                    callback.at_end = False  # this is no end
-            rank_zero_info(
-                f"stopped by {self._received or 'a signal to another rank'} at step {trainer.global_step}; saved "
-                f"{place}. The same command goes on from there."
-            )
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}

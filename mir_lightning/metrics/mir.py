@@ -53,6 +53,7 @@ _STATES = ("norms", "classes", "rows", "moments")
 _PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated, each apart
 _KEPT: dict[Rule, tuple[int, int]] = {"paper": (BOTH, PAPER_ONLY), "robust": (BOTH, ROBUST_ONLY)}
 _SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
+_USUAL = 1.5 / 3  # of a margin: what is accumulated while there is room to hold the others and learn more
 _LEAST_ROOM = 2**20  # bytes of raw tokens kept before judging any: enough for steady statistics
 
 
@@ -232,14 +233,14 @@ class ModalityIntegrationRate(PreciseMetric):
     def _sort(self, group: str, tokens: Tensor, norms: Tensor, room: int) -> None:
         """Accumulate the tokens with usual norms; hold the others back for the final outlier rules.
 
-        Where more than ``room`` bytes are held, those that have become usual are released, and the surely massive,
+        Where more than ``room`` bytes are held, the sure inliers among them are released, and the surely massive,
         far outside the robust rule and well inside the paper's; where that is not enough, also that half of the
         others that is further from any margin. Never a token that neither rule keeps among all seen so far.
         """
         held = self._state(group, "rows")
         rules = outlier_rules(torch.cat([*self._state(group, "norms"), *map(norms_of, held), norms]))
-        usual = _SURE * torch.minimum(rules.paper, rules.robust)
-        self._release(group, tokens, norms, torch.where(rules.offsets(norms) <= usual, BOTH, NEITHER))
+        margin = torch.minimum(rules.paper, rules.robust)
+        self._release(group, tokens, norms, torch.where(rules.offsets(norms) <= _USUAL * margin, BOTH, NEITHER))
         for pressed in (False, True):
             if _bytes_of(held) <= room:
                 return
@@ -247,7 +248,7 @@ class ModalityIntegrationRate(PreciseMetric):
             held.clear()
             norms = norms_of(rows)
             offsets, classes = rules.offsets(norms), rules.classes(norms)
-            sure = (offsets <= usual) | ((offsets > 2 * rules.robust) & (offsets <= _SURE * rules.paper))
+            sure = (offsets <= _SURE * margin) | ((offsets > 2 * rules.robust) & (offsets <= _SURE * rules.paper))
             if pressed and (kept := classes != NEITHER).any():
                 leeway = torch.minimum((offsets / rules.robust - 1).abs(), (offsets / rules.paper - 1).abs())
                 sure |= kept & (leeway >= leeway[kept].median())

@@ -88,7 +88,7 @@ def test_float32_accumulators_are_exact_to_1e_6(kind, dtype):
     try:
         metric.compute()
     except AccumulatedOutlierError:
-        assert kind == "half_equal"  # whether more than half are equal changes along the stream
+        assert kind in ("half_equal", "duplicated")  # few different norms: medians jump along the stream
         metric.start_second_pass()
         _stream(metric, vision, text, 40)
     assert metric.compute().item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
