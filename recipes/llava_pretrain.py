@@ -7,13 +7,14 @@ on where an interrupted run stopped.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
-    print("loading PyTorch, Lightning and Transformers", flush=True)  # takes seconds
+    print("loading PyTorch, Lightning and Transformers", file=sys.stderr, flush=True)  # takes seconds
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI

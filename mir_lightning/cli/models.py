@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
+from mir_lightning.hardware import cpu_dtype, warn_of_slow_bfloat16
 from mir_lightning.llava import backbones  # noqa: F401  registers the packaged model's vision encoder
 from mir_lightning.llava.saved import has_processor, load_vlm, processor_place
 
@@ -30,7 +31,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help='of the weights; "auto" is the saved one',
+        help='of the weights; "auto" is the saved one, on a CPU float32 where it would have to emulate that',
     )
 
 
@@ -42,6 +43,9 @@ def load_model(source: str, options: argparse.Namespace) -> nn.Module:
         OSError: if nothing can be loaded from it.
     """
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    on_cpu = options.device_map is None and _device(options).type == "cpu"
+    if on_cpu and dtype == torch.bfloat16:
+        warn_of_slow_bfloat16("--dtype bfloat16", "--dtype float32")
     if source.endswith(".ckpt"):
         return nn.Module.to(load_vlm(source), _device(options), dtype).eval()
     arguments: dict[str, Any] = {"dtype": dtype or "auto"}
@@ -53,7 +57,8 @@ def load_model(source: str, options: argparse.Namespace) -> nn.Module:
 
         model = PeftModel.from_pretrained(model, source)
     if options.device_map is None:
-        nn.Module.to(model, _device(options))
+        saved = next(model.parameters()).dtype
+        nn.Module.to(model, _device(options), cpu_dtype(saved) if on_cpu and dtype is None else None)
     return model.eval()
 
 

@@ -102,5 +102,6 @@ class Preemption(pl.Callback):
         signal.set_wakeup_fd(self._woken_before)
         self._woken.close()  # ends the thread
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:  # else Lightning has given it back already
+                signal.signal(number, handler)
         self._before = {}
