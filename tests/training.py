@@ -35,9 +35,9 @@ def fit(folder, callbacks=(), module=None, **options):
     pl.seed_everything(0, verbose=False)
     module = module or Pretraining()
     options = {"logger": CSVLogger(folder), "max_steps": STEPS, "enable_checkpointing": False, **options}
+    options.setdefault("enable_progress_bar", False)
     trainer = pl.Trainer(
         accelerator="cpu",
-        enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
         default_root_dir=folder,

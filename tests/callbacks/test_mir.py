@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -85,6 +85,8 @@ def test_every_logger_gets_what_it_can_show(tmp_path, probe):
     rows = [row for row in history if "mir" in row]
     assert [row["trainer/global_step"] for row in rows] == [0, 3, 6]
     assert all("mir_layers/layer_03" in row for row in rows)
+    assert rows[-1]["mir_robust"] == pytest.approx(trainer.callback_metrics["mir_robust"].item(), rel=1e-6)
+    assert all(0 <= row[f"mir_massive/{modality}"] < 0.5 for row in rows for modality in ("vision", "text"))
     assert rows[-1]["mir"] == pytest.approx(trainer.callback_metrics["mir"].item(), rel=1e-6)
     for picture in ("layers", "heatmap", "tokens", "table"):
         assert [row["trainer/global_step"] for row in history if f"mir_media/{picture}/_type" in row] == [0, 3, 6]
@@ -95,6 +97,25 @@ def test_every_logger_gets_what_it_can_show(tmp_path, probe):
     assert [row[:2] for row in table["data"]] == [[6, 1], [6, 2], [6, 3]]
     assert [row[2] for row in table["data"]] == [rows[-1][f"mir_layers/layer_0{layer}"] for layer in (1, 2, 3)]
     assert len(list((media / "images" / "mir_media").glob("heatmap*.png"))) == 3
+
+
+def test_the_robust_value_can_be_monitored_and_equals_the_variants(tmp_path, probe):
+    keeper = ModelCheckpoint(
+        tmp_path / "kept", "{step}-{mir_robust:.4f}", monitor="mir_robust", every_n_train_steps=3
+    )
+    paper, robust = MIRCallback(probe, every_n_steps=3), MIRCallback(probe, 3, variant="robust", name="other")
+    trainer, _ = fit(tmp_path, [paper, robust, keeper], enable_checkpointing=True)
+    assert float(keeper.best_model_score) == min(point["mir_robust"] for point in paper.history[1:])
+    assert [point["mir_robust"] for point in paper.history] == [point["mir"] for point in robust.history]
+    assert trainer.callback_metrics["other"] == trainer.callback_metrics["mir_robust"]
+
+
+def test_a_bar_of_each_evaluation_where_the_trainer_shows_bars(tmp_path, probe, capfd):
+    fit(tmp_path, [MIRCallback(probe, every_n_steps=3), TQDMProgressBar()], enable_progress_bar=True)
+    said = capfd.readouterr().err
+    assert all(f"MIR at step {step}: 100%" in said for step in (0, 3, 6))
+    fit(tmp_path, [MIRCallback(probe, every_n_steps=3)])
+    assert "MIR at step" not in capfd.readouterr().err
 
 
 def test_pictures_without_a_logger_go_to_the_root_dir(tmp_path, probe):

@@ -7,6 +7,7 @@ from lightning.fabric import Fabric
 
 from mir_lightning.functional import modality_integration_rate
 from mir_lightning.probing import Probe, evaluate_mir
+from tests import oracle
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 
 
@@ -49,6 +50,14 @@ def test_equals_the_functional_on_output_hidden_states(probe, variant, text):
     assert result.text_tokens == len(text_tokens[0])
     torch.testing.assert_close(result.mean_gap + result.cov_gap, result.layers, rtol=0, atol=0)
     assert result.effective_rank.shape == result.outliers.shape == (3, 2)
+    robust, robust_layers = modality_integration_rate(vision, text_tokens, "robust", return_layers=True)
+    assert result.mir_robust == pytest.approx(robust.item(), rel=1e-6)
+    np.testing.assert_allclose(result.robust_layers, robust_layers, rtol=1e-6)
+    outside = [
+        [oracle.outliers(x.double().numpy(), "robust").sum() for x in pair]
+        for pair in zip(vision, text_tokens, strict=True)
+    ]
+    assert result.massive.tolist() == outside
 
 
 def test_batching_of_the_probe_does_not_matter():

@@ -34,7 +34,7 @@ def _recipe(*arguments, cwd=ROOT):
 @pytest.mark.parametrize("config", [DEMO, UNFROZEN])
 def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, config):
     override = tmp_path / "more.yaml"
-    override.write_text(yaml.safe_dump({"trainer": {"precision": "32-true"}}))
+    override.write_text(yaml.safe_dump({"trainer": {"precision": "32-true", "default_root_dir": "elsewhere"}}))
     run = _recipe("fit", "--config", config, "--config", str(override), *SMALL, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines() if line]
@@ -45,6 +45,15 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
     pictures = [Path(tmp_path / line[1]) for line in lines if line[0] == "picture"]
     assert [p.name for p in pictures] == ["curves.png", "layers.png", "heatmap.png"]
     assert all(p.stat().st_size > 5000 for p in pictures)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "more.yaml",
+        "elsewhere",
+    }  # loggers follow the run's folder
+    said = run.stderr.splitlines()
+    assert said[0] == "loading PyTorch, Lightning and Transformers"
+    assert "precision  32-true: as asked for" in said
+    assert any(line.startswith("memory     ") and "GB a device: weights 0.6" in line for line in said)
+    assert any("MIR at step 1: 100%" in line for line in said)
     with (tmp_path / named["numbers"]).open() as file:
         mir = [row["mir"] for row in csv.DictReader(file) if row["mir"]]
     assert [f"{float(value):.3f}" for value in mir] == [line[3] for line in lines[header + 1 : header + 4]]
