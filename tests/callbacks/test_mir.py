@@ -100,12 +100,11 @@ def test_every_logger_gets_what_it_can_show(tmp_path, probe):
 
 
 def test_the_robust_value_can_be_monitored_and_equals_the_variants(tmp_path, probe):
-    keeper = ModelCheckpoint(
-        tmp_path / "kept", "{step}-{mir_robust:.4f}", monitor="mir_robust", every_n_train_steps=3
-    )
+    keeper = ModelCheckpoint(tmp_path / "kept", monitor="mir_robust", every_n_train_steps=3)
     paper, robust = MIRCallback(probe, every_n_steps=3), MIRCallback(probe, 3, variant="robust", name="other")
     trainer, _ = fit(tmp_path, [paper, robust, keeper], enable_checkpointing=True)
-    assert float(keeper.best_model_score) == min(point["mir_robust"] for point in paper.history[1:])
+    best = min(point["mir_robust"] for point in paper.history[1:])
+    assert float(keeper.best_model_score) == pytest.approx(best, rel=1e-6)
     assert [point["mir_robust"] for point in paper.history] == [point["mir"] for point in robust.history]
     assert trainer.callback_metrics["other"] == trainer.callback_metrics["mir_robust"]
 
@@ -113,7 +112,7 @@ def test_the_robust_value_can_be_monitored_and_equals_the_variants(tmp_path, pro
 def test_a_bar_of_each_evaluation_where_the_trainer_shows_bars(tmp_path, probe, capfd):
     fit(tmp_path, [MIRCallback(probe, every_n_steps=3), TQDMProgressBar()], enable_progress_bar=True)
     said = capfd.readouterr().err
-    assert all(f"MIR at step {step}: 100%" in said for step in (0, 3, 6))
+    assert all(f"MIR at step {step}:" in said for step in (0, 3, 6))
     fit(tmp_path, [MIRCallback(probe, every_n_steps=3)])
     assert "MIR at step" not in capfd.readouterr().err
 

@@ -48,7 +48,7 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
     assert {path.name for path in tmp_path.iterdir()} == {
         "more.yaml",
         "elsewhere",
-    }  # loggers follow the run's folder
+    }
     said = run.stderr.splitlines()
     assert said[0] == "loading PyTorch, Lightning and Transformers"
     assert "precision  32-true: as asked for" in said
@@ -71,7 +71,7 @@ def test_print_config_of_several_files_is_the_run_that_would_start():
     assert run.returncode == 0, run.stderr
     config = yaml.safe_load(run.stdout)
     assert config["trainer"]["max_steps"] == 4
-    assert [part["lr"] for part in config["model"]["stages"][0]["train"]] == [5e-4, 5e-5]
+    assert [part["lr"] for part in config["model"]["stages"][0]["train"]] == [3e-4, 3e-5]
     assert config["mir"]["probe"] == {"images": None, "texts": None}
 
 
