@@ -1,13 +1,16 @@
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
+import torch
 from transformers import Qwen2VLImageProcessorPil
 
 from mir_lightning import evaluate_mir
-from mir_lightning.cli.models import load_processor
+from mir_lightning.cli.models import load_model, load_processor
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from tests.families import build_family
+from tests.models import tiny_llava
 
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
@@ -51,3 +54,23 @@ def test_a_processor_with_a_video_part_serves_images_without_torchvision(qwen_fo
     result = evaluate_mir(model, probe, check=True)
     assert result.vision_tokens == int((batch["input_ids"] == model.config.image_token_id).sum())
     assert result.checked
+
+
+@pytest.mark.parametrize(
+    ("limit", "dtype", "expected"),
+    [("AVX2", "auto", torch.float32), ("AVX2", "bfloat16", torch.bfloat16), (None, "float16", torch.float16)],
+)
+def test_weights_a_cpu_would_emulate_are_loaded_in_float32(shared, tmp_path, monkeypatch, limit, dtype, expected):
+    model = tiny_llava().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit or "ALL")
+    options = Namespace(dtype=dtype, device="cpu", device_map=None)
+    with (
+        pytest.warns(UserWarning, match="--dtype bfloat16: .* --dtype float32 is faster")
+        if dtype == "bfloat16"
+        else (nullcontext())
+    ):
+        loaded = load_model(str(tmp_path), options)
+    assert loaded.dtype == expected
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).to(expected)), name

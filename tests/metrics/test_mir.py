@@ -219,7 +219,7 @@ def test_memory_is_moments_and_norms():
 )
 def test_any_order_split_and_merge_gives_the_same_number(splits, order, kind, ranks, n_vision):
     vision, text = hostile_layers(kind, n_vision=n_vision)
-    expected = modality_integration_rate(vision, text).item()
+    expected, robust = (modality_integration_rate(vision, text, v).item() for v in ("paper", "robust"))
     merged = ModalityIntegrationRate(LAYERS, WIDTH)
     generator = torch.Generator().manual_seed(order)
     shares = [
@@ -231,6 +231,7 @@ def test_any_order_split_and_merge_gives_the_same_number(splits, order, kind, ra
         _stream(part, [v[rank] for v, _ in shares], [t[rank] for _, t in shares], splits)
         merged.merge_state(part)
     assert merged.compute().item() == pytest.approx(expected, rel=1e-8)
+    assert merged.compute_robust().item() == pytest.approx(robust, rel=1e-8)
 
 
 def test_forward_gives_the_batch_value_and_accumulates():
@@ -373,6 +374,35 @@ def test_plot_draws_layers_and_values_over_time():
     assert metric.plot(ax=axes) == (None, axes)
     _, axes = metric.plot([torch.tensor(2.0), torch.tensor(1.5), torch.tensor(1.0)])
     assert any(list(line.get_ydata()) == [2.0, 1.5, 1.0] for line in axes.get_lines())
+
+
+def _massive_on_ranks(rank, world):
+    """Each rank holds its massive tokens back, or has accumulated them apart; rank 1 has none."""
+    values = []
+    for n_vision in (900, 40_000):
+        vision, text = hostile_layers("masked", torch.float64, n_vision=n_vision)
+        massive = [oracle.outliers(v.numpy(), "robust") for v in vision]
+        order = [np.argsort(m, kind="stable") for m in massive]
+        shares = [[v[o].tensor_split(world)[world - 1 - rank] for v, o in zip(vision, order, strict=True)]]
+        shares.append([t.tensor_split(world)[rank] for t in text])
+        metric = ModalityIntegrationRate(LAYERS, WIDTH)
+        _stream(metric, *shares, 20, order=rank + 1)
+        try:
+            metric.compute()
+        except AccumulatedOutlierError:
+            metric.start_second_pass()
+            _stream(metric, *shares, 20, order=rank + 1)
+        values += [metric.compute().item(), metric.compute_robust().item()]
+    return values
+
+
+def test_ranks_with_different_shares_of_massive_tokens():
+    expected = []
+    for n_vision in (900, 40_000):
+        vision, text = ([x.numpy() for x in m] for m in hostile_layers("masked", torch.float64, n_vision=n_vision))
+        expected += [oracle.mir(vision, text), oracle.mir(vision, text, "robust")]
+    for values in run_on_ranks(_massive_on_ranks, 2):
+        np.testing.assert_allclose(values, expected, rtol=1e-8)
 
 
 def _uneven_ranks(rank, world):
