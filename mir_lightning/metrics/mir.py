@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 Modality = Literal["vision", "text"]
 _MODALITIES: tuple[Modality, Modality] = ("vision", "text")
-_STATES = ("norms", "classes", "rows", "moments")
+_STATES = ("rows", "norms", "classes", "moments")
 _PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated, each apart
 _KEPT: dict[Rule, tuple[int, int]] = {"paper": (BOTH, PAPER_ONLY), "robust": (BOTH, ROBUST_ONLY)}
 _SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
@@ -158,7 +158,8 @@ class ModalityIntegrationRate(PreciseMetric):
         self._distances: list[LayerDistance] | None = None
         self._fixed_rules: dict[str, OutlierRules] | None = None
         for group in self._groups():
-            for state in _STATES:
+            # Fewer where tokens are kept: a MetricCollection lets metrics of the same states share them.
+            for state in _STATES[:1] if self._keeps_tokens else _STATES:
                 self.add_state(f"{group}_{state}", default=[], dist_reduce_fx=None)
 
     def _groups(self) -> list[str]:
@@ -182,6 +183,10 @@ class ModalityIntegrationRate(PreciseMetric):
             ValueError: for a layer out of range, another width than ``hidden_size``, a device other than
                 before, or non-finite tokens. Nothing has been added then.
         """
+        with torch.inference_mode(False), torch.no_grad():  # else later updates could not go on with these states
+            self._update(vision, text, layer)
+
+    def _update(self, vision: Any, text: Any, layer: int | None) -> None:
         if layer is None:
             if len(vision) != self.num_layers or len(text) != self.num_layers:
                 raise ValueError(
@@ -221,7 +226,7 @@ class ModalityIntegrationRate(PreciseMetric):
             return
         held = self._state(group, "rows")
         room = max(packed_size(self.hidden_size) * self.accumulator.itemsize, _LEAST_ROOM)
-        first = not self._state(group, "moments")
+        first = not self._keeps_tokens and not self._state(group, "moments")
         if self._keeps_tokens or (first and _bytes_of(held) + tokens.nbytes <= room):
             held.append(tokens.clone())
             return
@@ -372,7 +377,7 @@ class ModalityIntegrationRate(PreciseMetric):
 
     def _device_of(self, group: str, default: torch.device | None = None) -> torch.device:
         for state in _STATES:
-            for tensor in self._state(group, state):
+            for tensor in getattr(self, f"{group}_{state}", ()):
                 return tensor.device
         return default or self.device
 
@@ -384,6 +389,9 @@ class ModalityIntegrationRate(PreciseMetric):
         """
         if self._is_synced:
             self.unsync()
+        if self._keeps_tokens:
+            self.reset()
+            return
         local = {group: self._seen_norms(group) for group in self._groups()}
         with self.sync_context(should_sync=self._to_sync):
             rules = {group: outlier_rules(self._seen_norms(group)) for group in self._groups()}

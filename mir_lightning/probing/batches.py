@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -60,13 +61,21 @@ class MaskedBatches(Sequence[MaskedBatch]):
 
 
 def _samples_of(batch: Batch, samples: slice, total: int) -> dict[str, Any]:
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-    if whole := [key for key, value in tensors.items() if value.ndim == 0 or len(value) != total]:
-        raise torch.OutOfMemoryError(
-            f"a batch of the probe does not fit into memory and cannot be cut in two: {', '.join(whole)} has no "
-            f"row for each of its {total} samples. Give the probe smaller batches."
-        )
-    return {key: value[samples] if key in tensors else value for key, value in batch.items()}
+    return {key: _cut(key, value, samples, total) for key, value in batch.items()}
+
+
+def _cut(key: str, value: Any, samples: slice, total: int) -> Any:
+    """The samples' part of an entry: its rows or items, or those of what is in it; a plain value is of all."""
+    if value is None or isinstance(value, (str, bytes, bool, int, float, torch.dtype, torch.device)):
+        return value
+    if isinstance(value, Mapping):
+        return {name: _cut(f"{key}.{name}", inner, samples, total) for name, inner in value.items()}
+    if isinstance(value, (Tensor, np.ndarray, list, tuple)) and np.ndim(value) and len(value) == total:
+        return value[samples]
+    raise torch.OutOfMemoryError(
+        f"a batch of the probe does not fit into memory and cannot be cut in two: {key} has no row for each of "
+        f"its {total} samples. Give the probe smaller batches."
+    )
 
 
 def check_probe(

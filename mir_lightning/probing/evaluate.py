@@ -148,6 +148,7 @@ def evaluate_mir(
     def new_run() -> ProbeRun:
         return ProbeRun(model, variant, forward, hidden_states, sample_layer, distributed, layers, progress)
 
+    fingerprint = probe.fingerprint
     vlm = model if isinstance(model, PreTrainedModel) and hidden_states is None else None
     masks = check_probe(vlm, probe, text, layers, image_token_id)
     batches = MaskedBatches(probe, masks)
@@ -175,7 +176,7 @@ def evaluate_mir(
         seconds=time.perf_counter() - start,
         variant=variant,
         text=text,
-        fingerprint=probe.fingerprint,
+        fingerprint=fingerprint,
         sample=run.sample,
         sample_layer=run.sample_layer,
         checked=checked,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Union
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -137,10 +140,42 @@ def batch_digest(batch: Batch) -> bytes:
     """Of names, types, shapes and contents."""
     digest = hashlib.sha256()
     for key in sorted(batch):
-        value = batch[key]
-        if isinstance(value, Tensor):
-            digest.update(f"{key}:{value.dtype}:{list(value.shape)}:".encode())
-            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(f"{key}:{value!r}:".encode())
+        _add_contents(digest, key, batch[key])
     return digest.digest()
+
+
+def _add_contents(digest: Any, key: str, value: Any) -> None:
+    """Add an entry to a digest by its contents, whatever it is made of.
+
+    Raises:
+        TypeError: for a value whose contents are not known; it names the key.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        digest.update(b"array:")
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        digest.update(f"{key}:{value.dtype}:{list(value.shape)}:".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return
+    if isinstance(value, np.generic):
+        value = value.item()
+    digest.update(f"{key}:{type(value).__qualname__}:".encode())
+    if isinstance(value, Mapping):
+        for name in sorted(value, key=repr):
+            _add_contents(digest, f"{key}.{name!r}", value[name])
+    elif isinstance(value, (list, tuple)):
+        for place, inner in enumerate(value):
+            _add_contents(digest, f"{key}[{place}]", inner)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            _add_contents(digest, f"{key}.{field.name}", getattr(value, field.name))
+    elif (pillow := sys.modules.get("PIL.Image")) is not None and isinstance(value, pillow.Image):
+        digest.update(f"{value.mode}:{value.size}:".encode())
+        digest.update(value.convert("RGBA").tobytes() if value.mode in ("P", "PA") else value.tobytes())
+    elif value is None or isinstance(value, (str, bytes, bool, int, float, complex, torch.dtype, torch.device)):
+        digest.update(f"{value!r}:".encode())
+    else:
+        raise TypeError(
+            f"probe: {key} holds a {type(value).__qualname__}, whose contents a fingerprint cannot tell apart. "
+            "Use tensors, arrays, pictures, dataclasses, plain values, and lists and dicts of them."
+        )

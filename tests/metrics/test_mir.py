@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics import MetricCollection
 from torchmetrics.wrappers import Running
 
 from mir_lightning.functional import modality_integration_rate
@@ -271,6 +272,30 @@ def test_running_window_is_the_last_updates():
             *([torch.cat(layer) for layer in zip(*m, strict=True)] for m in zip(*window, strict=True))
         )
         assert running.compute().item() == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_variants_in_one_collection_share_no_states_that_differ():
+    variants = ("paper", "robust", "official", "official-fast")
+    together = MetricCollection({v: ModalityIntegrationRate(LAYERS, WIDTH, v) for v in variants})
+    alone = {v: ModalityIntegrationRate(LAYERS, WIDTH, v) for v in variants}
+    for seed in range(8):
+        vision, text = hostile_layers("massive", n_vision=3000, seed=seed)
+        for metric in (together, *alone.values()):
+            metric.update(vision, text)
+    for variant, value in together.compute().items():
+        assert value.item() == pytest.approx(alone[variant].compute().item(), rel=1e-9), variant
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_updates_in_and_out_of_inference_mode(variant):
+    vision, text = hostile_layers("massive", n_vision=9000)
+    metric = ModalityIntegrationRate(LAYERS, WIDTH, variant)
+    chunks = [[x.tensor_split(6) for x in m] for m in (vision, text)]
+    for place in range(6):
+        with torch.inference_mode(place % 2 == 0):
+            metric.update(*([layer[place].clone() for layer in m] for m in chunks))
+    expected = modality_integration_rate(vision, text, variant).item()
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-8)
 
 
 def test_merge_state_leaves_the_other_metric_alone():

@@ -226,13 +226,53 @@ def test_batches_are_halved_until_they_fit(probe):
         evaluate_mir(model, probe)
 
 
-def test_batches_that_cannot_be_split_are_not_halved():
+def test_everything_with_an_entry_a_sample_is_halved():
+    """Lists, arrays and what lies in dicts go with their samples; plain values stay."""
+    seen = []
+
+    def scaled(net, batch):
+        seen.append((len(batch["input_ids"]), batch["scale"]))
+        if len(batch["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("too large")
+        hidden = torch.nn.functional.one_hot(batch["input_ids"], 64).float()
+        for row, factors in enumerate(zip(batch["list"], batch["nested"]["array"], batch["tuple"], strict=True)):
+            hidden[row] *= factors[0] * factors[1] + factors[2]
+        return [hidden @ torch.linspace(0.1, 1, 64 * 8).view(64, 8).sin()]
+
+    whole = tiny_batch(padded=0, labels=False)
+    extras = {
+        "list": [1.0, 2.0, 3.0, 4.0],
+        "nested": {"array": np.array([5.0, 6.0, 7.0, 8.0])},
+        "tuple": (0.0, 1.0, 0.0, 2.0),
+        "scale": 3,
+        "vision_mask": whole["input_ids"] == IMAGE_TOKEN,
+    }
+    probe = Probe([{**whole, **extras}])
+    net = torch.nn.Linear(1, 1)
+    halved = evaluate_mir(net, probe, hidden_states=scaled)
+    singles = [
+        {
+            **{k: v[i : i + 1] for k, v in whole.items()},
+            **{k: extras[k][i : i + 1] for k in ("list", "tuple", "vision_mask")},
+            "nested": {"array": extras["nested"]["array"][i : i + 1]},
+            "scale": 3,
+        }
+        for i in range(4)
+    ]
+    assert halved.mir == pytest.approx(evaluate_mir(net, Probe(singles), hidden_states=scaled).mir, rel=1e-9)
+    assert seen[:3] == [(4, 3), (2, 3), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    "extra", [torch.zeros(3), [1, 2, 3], {"inner": np.zeros(3)}], ids=["tensor", "list", "nested"]
+)
+def test_batches_that_cannot_be_split_are_not_halved(extra):
     model = tiny_llava()
     model.register_forward_pre_hook(_refuse_more_than(1), with_kwargs=True)
     with pytest.raises(
-        torch.OutOfMemoryError, match="cannot be cut in two: extra has no row for each of its 4 samples"
+        torch.OutOfMemoryError, match=r"cannot be cut in two: extra(\.inner)? has no row for each of its 4 samples"
     ):
-        evaluate_mir(model, Probe([{**tiny_batch(), "extra": torch.zeros(3)}]))
+        evaluate_mir(model, Probe([{**tiny_batch(), "extra": extra}]))
 
 
 def test_a_sample_of_tokens_of_the_middle_or_a_chosen_layer(probe):

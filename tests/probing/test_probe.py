@@ -1,5 +1,9 @@
+from dataclasses import dataclass
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from mir_lightning.probing import Probe
@@ -51,3 +55,49 @@ def test_a_batch_taken_out_can_be_changed_without_harm():
 def test_bad_batches(batches, error, message):
     with pytest.raises(error, match=message):
         Probe(batches)
+
+
+@dataclass
+class Size:
+    height: int
+
+
+def _contents():
+    """Makers of values; two calls of one make equal contents, any two of them differ."""
+    large = torch.zeros(1, 3, 32, 32)
+    middle = large.clone()
+    middle[..., 16, 16] = 1e-6
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([1, 2, 3] * 256)
+    return {
+        "tensors": [large],
+        "a tensor that differs in the middle": [middle],
+        "a tuple": (large,),
+        "arrays": [large.numpy()],
+        "texts": {"a": "x", "b": "y"},
+        "texts the other way": {"a": "y", "b": "x"},
+        "a dataclass": Size(3),
+        "another one": Size(4),
+        "a number": 3,
+        "a float": 3.0,
+        "a text": "3",
+        "nothing": None,
+        "a picture": Image.new("RGB", (4, 4), (1, 2, 3)),
+        "another colour": Image.new("RGB", (4, 4), (1, 2, 4)),
+        "a palette": palette,
+    }
+
+
+def test_the_fingerprint_is_of_contents_whatever_they_are_made_of():
+    prints = [
+        {name: Probe([{**tiny_batch(), "extra": value}]).fingerprint for name, value in _contents().items()}
+        for _ in range(2)
+    ]
+    assert prints[0] == prints[1]
+    assert len(set(prints[0].values())) == len(prints[0])
+
+
+@pytest.mark.parametrize("value", [object(), lambda: 0, np.array([object()])], ids=["object", "function", "array"])
+def test_contents_that_cannot_be_told_apart_are_refused_by_name(value):
+    with pytest.raises(TypeError, match=r"probe: extra\[1\] holds a \w+, whose contents .* tensors, arrays"):
+        _ = Probe([{**tiny_batch(), "extra": [1, value]}]).fingerprint
