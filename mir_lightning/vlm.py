@@ -81,6 +81,19 @@ def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
         yield from _outermost_models(child, f"{name}.{child_name}" if name else child_name)
 
 
+def execution_device(model: nn.Module) -> torch.device:
+    """Where a model computes: its first parameter's device, or where accelerate brings what it keeps off it."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "meta":
+        return parameter.device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(part, "execution_device", None)) is not None:
+                return torch.device(device)
+    return parameter.device
+
+
 def find_decoder(model: PreTrainedModel, layers: str | None = None) -> Decoder:
     """Decoder layers and final norm of a Hugging Face model.
 

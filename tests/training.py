@@ -31,7 +31,7 @@ class Pretraining(pl.LightningModule):
         return DataLoader([tiny_batch(seed=s) for s in range(8)], batch_size=None, shuffle=True)
 
 
-def fit(folder, callbacks=(), module=None, **options):
+def fit(folder, callbacks=(), module=None, ckpt_path=None, **options):
     pl.seed_everything(0, verbose=False)
     module = module or Pretraining()
     options = {"logger": CSVLogger(folder), "max_steps": STEPS, "enable_checkpointing": False, **options}
@@ -44,5 +44,5 @@ def fit(folder, callbacks=(), module=None, **options):
         callbacks=list(callbacks),
         **options,
     )
-    trainer.fit(module)
+    trainer.fit(module, ckpt_path=ckpt_path)
     return trainer, module

@@ -71,6 +71,7 @@ class ProbingCallback(pl.Callback, ABC):
         self._tokens = 0
         self._tokens_of_step = 0
         self._restored_fingerprint: str | None = None
+        self._last_monitored: dict[str, float] = {}
         self._warned: set[str] = set()
         self.evaluating_since: float | None = None  # on the monotonic clock, while it does
 
@@ -135,8 +136,9 @@ class ProbingCallback(pl.Callback, ABC):
             rank_zero_warn(message)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Step 0; on resume, a point that the interrupted run was due but did not reach."""
+        """Step 0; on resume, the last point, and one that the interrupted run was due but did not reach."""
         self.budget.start()
+        self._show_monitored(trainer)
         self._stepped = step = trainer.global_step
         if (self.at_start and step == 0) or (step and self.schedule.due_at_step(step)):
             self._evaluate(trainer, pl_module)
@@ -203,8 +205,8 @@ class ProbingCallback(pl.Callback, ABC):
 
     def _report(self, trainer: pl.Trainer, result: Any) -> None:
         step = trainer.global_step
-        for name, value in self._monitored(result).items():
-            trainer.callback_metrics[name] = torch.tensor(value, device=trainer.strategy.root_device)
+        self._last_monitored = self._monitored(result)
+        self._show_monitored(trainer)
         self.history.append(self._point(result, step))
         values = self._values(result)
         values[f"{self.name}_probe/seconds"] = result.seconds
@@ -223,6 +225,11 @@ class ProbingCallback(pl.Callback, ABC):
         if message := self._warning():
             self._warn_once(f"{self.name}: {message}", "history")
 
+    def _show_monitored(self, trainer: pl.Trainer) -> None:
+        """Let checkpoints, early stopping and plateau schedulers see the last point."""
+        for name, value in self._last_monitored.items():
+            trainer.callback_metrics[name] = torch.tensor(value, device=trainer.strategy.root_device)
+
     def _warn_once(self, message: str, cause: str) -> None:
         if cause not in self._warned:
             self._warned.add(cause)
@@ -235,6 +242,7 @@ class ProbingCallback(pl.Callback, ABC):
             "fingerprint": self._fingerprint,
             "last_step": self._last_step,
             "history": self.history,
+            "monitored": self._last_monitored,
             "tokens": self._tokens,
             "train_seconds": self.budget.trained,
             "probe_seconds": self.budget.evaluating,
@@ -253,6 +261,7 @@ class ProbingCallback(pl.Callback, ABC):
             )
         self._last_step = state_dict["last_step"]
         self.history = list(state_dict["history"])
+        self._last_monitored = dict(state_dict["monitored"])
         self._tokens = state_dict["tokens"]
         self.budget.restore(state_dict["train_seconds"], state_dict["probe_seconds"])
         self._restored_fingerprint = state_dict["fingerprint"]

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from mir_lightning.probing.choice_items import ChoiceItem
 from mir_lightning.probing.choice_probe import ChoiceProbe, EncodedChoices, common_prefix, valid_rows
+from mir_lightning.vlm import execution_device
 
 Score = Literal["logit", "logprob"]
 Forward = Callable[..., Any]
@@ -37,9 +38,8 @@ class CandidateScorer:
         self.score = score
         self.forward = forward or model
         self.in_step = in_step
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        self.dtype = parameter.dtype
+        self.device = execution_device(model)
+        self.dtype = next(model.parameters()).dtype
         self.pad = probe.processor.tokenizer.pad_token_id
         self.accepted = inspect.signature(model.forward).parameters
         self.keeps_deltas = any(hasattr(module, "rope_deltas") for module in model.modules())

@@ -18,14 +18,14 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no compilation inside; afterwards everything is as before.
 
     Restored, also after an error: the training flag of every module (each its own), the random states of
-    Python, NumPy, torch and its devices, tensors that modules keep from their last forward (``rope_deltas`` of
-    M-RoPE models), and the hooks that transformers adds in a model's first forward (with them, a model that is
-    compiled later would be traced differently). ``no_grad`` and not ``inference_mode``,
-    whose tensors a later training step may not use. Compiled modules run eagerly, because they ignore hooks
-    added after compilation.
+    Python, NumPy, torch and its devices, tensors, buffers and numbers that modules replace in a forward
+    (``rope_deltas`` of M-RoPE models, the frequencies of dynamic RoPE), and the hooks that transformers adds in a
+    model's first forward (with them, a model that is compiled later would be traced differently). ``no_grad`` and
+    not ``inference_mode``, whose tensors a later training step may not use. Compiled modules run eagerly, because
+    they ignore hooks added after compilation.
     """
     training = {module: module.training for module in model.modules()}
-    kept = {module: dict(vars(module)) for module in training}
+    kept = {module: (dict(vars(module)), dict(module._buffers)) for module in training}
     hooks = {module: list(module._forward_hooks) for module in training}
     marked = {module for module in training if _CAPTURING in vars(module)}
     error: BaseException | None = None
@@ -39,10 +39,10 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in training.items():
                 module.training = mode
-                _restore_tensors(vars(module), kept[module])
             newly_marked = [module for module in training if _CAPTURING in vars(module) and module not in marked]
-            for module in newly_marked:
-                delattr(module, _CAPTURING)
+            for module, (attributes, buffers) in kept.items():
+                _restore(vars(module), attributes)
+                _restore(module._buffers, buffers)
             for module in training if newly_marked else ():
                 for hook in module._forward_hooks.keys() - hooks[module]:
                     del module._forward_hooks[hook]
@@ -50,10 +50,14 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
         raise error
 
 
-def _restore_tensors(now: dict[str, Any], before: dict[str, Any]) -> None:
-    for name in [
-        name for name, value in now.items() if isinstance(value, Tensor) and value is not before.get(name)
-    ]:
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Put tensors and plain values back that were replaced, and take those away that came."""
+    changed = [
+        name
+        for name, value in now.items()
+        if isinstance(value, (Tensor, bool, int, float)) and value is not before.get(name)
+    ]
+    for name in changed:
         if name in before:
             now[name] = before[name]
         else:

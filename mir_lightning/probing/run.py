@@ -17,7 +17,7 @@ from mir_lightning.probing.batches import MaskedBatch
 from mir_lightning.probing.probe import Batch
 from mir_lightning.probing.ranks import progress_bar, raise_together, rounds_of, share_of_rank, sum_over_ranks
 from mir_lightning.probing.selfcheck import check_vision_mask
-from mir_lightning.vlm import Decoder, TokenMasks, find_decoder
+from mir_lightning.vlm import Decoder, TokenMasks, execution_device, find_decoder
 
 Forward = Callable[..., Any]
 HiddenStates = Callable[[nn.Module, dict[str, Any]], Iterable[Tensor]]
@@ -58,9 +58,8 @@ class ProbeRun:
         self.distributed = distributed
         self.progress = progress
         self._decoder = find_decoder(model, layers) if isinstance(model, PreTrainedModel) else None
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        self.dtype = parameter.dtype
+        self.device = execution_device(model)
+        self.dtype = next(model.parameters()).dtype
         self._sample_layer = sample_layer
         self._samples: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._metric: ModalityIntegrationRate | None = None

@@ -140,6 +140,26 @@ def test_checkpoint_and_early_stopping_see_the_value_of_their_step(tmp_path, pro
     assert trainer.global_step == 8  # the end of the first epoch
 
 
+def test_a_resumed_run_shows_its_last_point_until_the_next(tmp_path, probe):
+    keeper = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=5, save_top_k=-1)
+    first = MIRCallback(probe, every_n_steps=100, at_end=False)
+    fit(tmp_path, [first, keeper], max_steps=5, enable_checkpointing=True)
+    (checkpoint,) = (tmp_path / "kept").glob("*.ckpt")
+
+    class Seen(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append({name: trainer.callback_metrics[name].item() for name in ("mir", "mir_robust")})
+
+    seen = []
+    resumed = MIRCallback(probe, every_n_steps=100, at_end=False)
+    stopper = EarlyStopping(
+        "mir", mode="min", check_on_train_epoch_end=True
+    )  # raises where there is no such value
+    fit(tmp_path, [resumed, stopper, Seen()], max_steps=9, ckpt_path=checkpoint)
+    point = first.history[0]
+    assert seen == [pytest.approx({"mir": point["mir"], "mir_robust": point["mir_robust"]}, rel=1e-6)] * 4
+
+
 def test_resume_continues_the_curve(tmp_path, probe):
     whole = MIRCallback(probe, every_n_steps=2)
     fit(tmp_path, [whole], max_steps=8)

@@ -3,6 +3,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from lightning.fabric import Fabric
 
 from mir_lightning.functional import modality_integration_rate
@@ -138,6 +139,16 @@ def _hooks_after_a_forward(model):
     """transformers leaves hooks of its own on a model's first forward."""
     model(**tiny_batch())
     return {name: list(m._forward_hooks) for name, m in model.named_modules()}
+
+
+def test_a_model_whose_weights_are_kept_off_the_device(probe):
+    expected = evaluate_mir(tiny_llava().eval(), probe)
+    model = tiny_llava().eval()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    found = evaluate_mir(model, probe)
+    assert (found.mir, found.loss) == (expected.mir, expected.loss)
+    assert next(model.parameters()).device.type == "meta"
 
 
 def test_an_error_inside_leaves_no_trace_either(probe):

@@ -36,3 +36,31 @@ def test_random_numbers_drawn_inside_do_not_move_those_outside(fails):
     assert _draws() == expected
     assert [m.training for m in model.modules()] == [True, True, False]
     assert torch.is_grad_enabled()
+
+
+class Remembering(torch.nn.Module):
+    """Replaces what it keeps in every forward, as dynamic RoPE does, and makes something new."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", torch.ones(3))
+        self.longest = 4
+        self.deltas = torch.zeros(2)
+
+    def forward(self):
+        self.frequencies = self.frequencies / 2
+        self.longest *= 2
+        self.deltas = self.deltas + 1
+        self.scale, self.latest = 3.0, torch.ones(1)
+
+
+def test_what_a_forward_replaces_is_put_back_and_what_it_makes_is_taken_away():
+    module = Remembering()
+    kept = (module.frequencies, module.longest, module.deltas)
+    names = set(vars(module))
+    with leave_no_trace(module):
+        module()
+        module()
+    assert (module.frequencies is kept[0], module.longest, module.deltas is kept[2]) == (True, 4, True)
+    assert set(vars(module)) == names
+    assert set(dict(module.named_buffers())) == {"frequencies"}
