@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 
@@ -16,3 +18,20 @@ def check_at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_loaded(place: str | Path, found: Mapping[str, Iterable[Any]], parts: bool = False) -> None:
+    """Raise a ``ValueError`` that names weights which a model did not find in its files, or could not place.
+
+    Args:
+        place: where the files lie.
+        found: Hugging Face's ``output_loading_info``.
+        parts: whether the files may hold more than the model.
+    """
+    reasons = {"missing_keys": "missing", "mismatched_keys": "of another shape"}
+    if not parts:
+        reasons["unexpected_keys"] = "unknown to the model"
+    for key, reason in reasons.items():
+        if names := sorted(map(str, found[key])):
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ValueError(f"{place}: weights are {reason}: {shown}.")

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from mir_lightning.llava.saved import load_vlm, processor_place
+from mir_lightning.llava.saved import load_vlm, load_whole, processor_place
 
 _IMAGE_TOKEN = "<file_sep>"  # reserved and unused in SmolLM2's vocabulary, so no embedding has to grow
 _INSTALL = (
@@ -123,9 +123,7 @@ def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedMod
     if source.vlm is not None:
         return load_vlm(source.vlm, dtype=torch.float32, attn_implementation=source.attention)
     assert source.llm is not None
-    llm = AutoModelForCausalLM.from_pretrained(
-        source.llm, dtype=torch.float32, attn_implementation=source.attention
-    )
+    llm = load_whole(AutoModelForCausalLM, source.llm, dtype=torch.float32, attn_implementation=source.attention)
     if len(processor.tokenizer) > llm.config.vocab_size:
         llm.resize_token_embeddings(len(processor.tokenizer))
     vision = _vision_encoder(source)
@@ -165,8 +163,14 @@ def _vision_config(source: ModelSource) -> PreTrainedConfig:
 def _vision_encoder(source: ModelSource) -> PreTrainedModel:
     config = _vision_config(source)
     model_class: Any = MODEL_MAPPING[type(config)]
-    return model_class.from_pretrained(
-        source.vision, config=config, dtype=torch.float32, attn_implementation=source.attention
+    assert source.vision is not None
+    return load_whole(
+        model_class,
+        source.vision,
+        parts=True,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=source.attention,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from mir_lightning import moca
+from mir_lightning.functional.checks import check_loaded
 from mir_lightning.llava.schedule import Part, parameters_of
 from mir_lightning.moca.saving import load_moca
 
@@ -35,7 +36,27 @@ def load_vlm(place: str, **options: Any) -> PreTrainedModel:
         return _from_checkpoint(Path(place), **options)
     if getattr(AutoConfig.from_pretrained(place), moca.inject.CONFIG_FLAG, False):
         return moca.from_pretrained(place, **options)
-    return AutoModelForImageTextToText.from_pretrained(place, **options)
+    return load_whole(AutoModelForImageTextToText, place, **options)
+
+
+def load_whole(model_class: Any, place: str | Path, parts: bool = False, **options: Any) -> PreTrainedModel:
+    """What ``from_pretrained`` gives, if the files hold each of the model's weights.
+
+    Transformers draws missing weights at random, with a warning only. What a model ties or makes itself is not
+    missing.
+
+    Args:
+        model_class: a Hugging Face model class.
+        place: folder or hub id.
+        parts: whether the files may hold more, as those of a CLIP hold a text model beside the encoder.
+        options: for ``from_pretrained``.
+
+    Raises:
+        ValueError: for weights that are missing, of another shape, or unknown to the model; it names them.
+    """
+    model, found = model_class.from_pretrained(place, output_loading_info=True, **options)
+    check_loaded(place, found, parts)
+    return model
 
 
 def _from_checkpoint(path: Path, **options: Any) -> PreTrainedModel:

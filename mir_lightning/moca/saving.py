@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from mir_lightning.functional.checks import check_loaded
 from mir_lightning.moca.inject import CONFIG_FLAG, calibrated_layers, inject_moca, whole
 
 _PARTS = ("scale", "shift")
@@ -109,6 +110,7 @@ def from_pretrained(
     missing = sorted(key for key in report["missing_keys"] if ".moca." in key)
     if missing:
         raise ValueError(f"{folder} says that it holds MoCa, but {', '.join(missing[:2])} ... are missing.")
+    check_loaded(folder, report)
     return model
 
 

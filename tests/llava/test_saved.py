@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from mir_lightning.llava.backbones import ModelSource, build_processor
 from mir_lightning.llava.export import export
 from mir_lightning.llava.module import LlavaPretraining, LoraOptions
-from mir_lightning.llava.saved import load_part
+from mir_lightning.llava.saved import load_part, load_vlm, load_whole
 from mir_lightning.llava.schedule import Part, Stage, parameters_of
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 
@@ -103,3 +104,37 @@ def test_a_part_that_does_not_fit_is_named(run, tmp_path):
     with pytest.raises(ValueError, match=r"only the model has .*layers\.1"):
         load_part(trained.vlm, tmp_path / "half.safetensors")
     assert all(torch.equal(v, before[k]) for k, v in plain.state_dict().items())
+
+
+def _changed(folder, change):
+    """Save a tiny LLaVA, with its tensors changed."""
+    tiny_llava().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(next(k for k in t if "q_proj" in k)), r"weights are missing: .*q_proj\.weight\."),
+        (lambda t: t.update(extra=torch.zeros(3)), r"weights are unknown to the model: extra\."),
+        (lambda t: [t.pop(k) for k in sorted(t) if "mlp" in k], r"weights are missing: .* and \d+ more\."),
+    ],
+    ids=["missing", "unknown", "many"],
+)
+def test_a_model_with_other_weights_than_its_files_is_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_vlm(_changed(tmp_path, change))
+
+
+def test_the_files_may_hold_more_than_the_encoder_but_not_less(tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=sizes, vision_config=vision)).save_pretrained(tmp_path)
+    config = CLIPConfig.from_pretrained(tmp_path).vision_config
+    assert load_whole(CLIPVisionModel, tmp_path, parts=True, config=config).config.num_hidden_layers == 2
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=r"weights are missing: .*layers\.2"):
+        load_whole(CLIPVisionModel, tmp_path, parts=True, config=config)
