@@ -22,7 +22,19 @@ def _rank_main(rank, function, world, port, folder, arguments):
 
 
 def run_on_ranks(function, world, *arguments):
-    """Results of ``function(rank, world, *arguments)`` by rank."""
+    """Results of ``function(rank, world, *arguments)`` by rank.
+
+    Once more where torch's own threads aborted the process, as FSDP2 over gloo rarely does.
+    """
+    try:
+        return _spawn(function, world, arguments)
+    except mp.ProcessExitedException as error:
+        if error.signal_name != "SIGABRT":
+            raise
+        return _spawn(function, world, arguments)
+
+
+def _spawn(function, world, arguments):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

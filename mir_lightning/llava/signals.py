@@ -95,8 +95,15 @@ class Preemption(pl.Callback):
                 f"{place}. The same command goes on from there."
             )
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the signals back; there is no teardown then."""
+        self._give_back()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         if not self._before:
             return
         signal.set_wakeup_fd(self._woken_before)

