@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,6 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
+from mir_lightning.functional.checks import check_loaded
 from mir_lightning.hardware import cpu_dtype, warn_of_slow_bfloat16
 from mir_lightning.llava import backbones  # noqa: F401  registers the packaged model's vision encoder
 from mir_lightning.llava.saved import has_processor, load_vlm, processor_place
@@ -56,10 +58,24 @@ def load_model(source: str, options: argparse.Namespace) -> nn.Module:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source)
+        _check_adapter(model, Path(source))
     if options.device_map is None:
         saved = next(model.parameters()).dtype
         nn.Module.to(model, _device(options), cpu_dtype(saved) if on_cpu and dtype is None else None)
     return model.eval()
+
+
+def _check_adapter(model: Any, folder: Path) -> None:
+    """Raise a ``ValueError`` that names what an adapter's file lacks or holds beyond the adapter; peft goes on."""
+    from peft import get_peft_model_state_dict
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as tensors:
+        given = set(tensors.keys())
+    own = set(get_peft_model_state_dict(model))
+    check_loaded(folder, {"missing_keys": own - given, "mismatched_keys": (), "unexpected_keys": given - own})
 
 
 def _device(options: argparse.Namespace) -> torch.device:

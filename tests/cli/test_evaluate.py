@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mir_lightning import cli, evaluate_mir
 from mir_lightning.cli.evaluate import layer_bars
@@ -88,6 +89,12 @@ def test_an_adapter_finds_its_base(run, shared, tmp_path):
     expected = evaluate_mir(adapted.eval(), PairProbe(shared.processor, base.config, pairs, 3)).mir
     assert f"MIR {expected:.4f}" in run("eval", tmp_path / "adapter").out
     assert f"MIR {expected:.4f}" not in run("eval", shared.root / "model").out
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    missing = sorted(tensors)[0]
+    kept = {name: tensor for name, tensor in tensors.items() if name != missing}
+    save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
+    refused = run("eval", tmp_path / "adapter")
+    assert (refused.status, f"weights are missing: {missing}." in refused.err) == (1, True)
 
 
 def test_a_lightning_checkpoint_of_the_recipe(run, shared, tmp_path):
