@@ -71,14 +71,34 @@ class Correlation(NamedTuple):
 def read_run(path: Path) -> Run:
     """The curves of a run's folder or file: Lightning's ``metrics.csv``, or a Hugging Face ``trainer_state.json``.
 
-    Of a folder the newest such file below it is read; its name is the run's.
+    Of a folder the newest such file below it is read, and before it those of a run that was resumed: each began at
+    an earlier step. Where a step was run again, the later value counts. The folder's name is the run's.
 
     Raises:
         ValueError: if there is none, or it holds no curve.
     """
-    file = _newest(path) if path.is_dir() else path
-    if not file.is_file():
+    files = _newest_first(path) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
         raise ValueError(f"{path} is no run: there is no metrics.csv and no trainer_state.json.")
+    pieces = [_curves(files[0])]
+    if not pieces[0]:
+        raise ValueError(f"{files[0]} holds no curve.")
+    if files[0].suffix == ".csv":  # a trainer_state.json holds the whole run
+        for file in files[1:]:
+            if not (earlier := _curves(file)):
+                continue
+            if _first_step(earlier) >= _first_step(pieces[-1]):
+                break  # of another run, in the same folder before
+            pieces.append(earlier)
+    curves: dict[str, dict[int, float]] = {}
+    for piece in reversed(pieces):
+        for name, curve in piece.items():
+            curves.setdefault(name, {}).update(curve)
+    folder = path if path.is_dir() else path.parent
+    return Run(folder.resolve().name, {name: sorted(curve.items()) for name, curve in curves.items()})
+
+
+def _curves(file: Path) -> dict[str, Curve]:
     rows = _json_rows(file) if file.suffix == ".json" else list(csv.DictReader(file.open(newline="")))
     curves: dict[str, Curve] = {}
     for row in rows:
@@ -87,15 +107,17 @@ def read_run(path: Path) -> Run:
             number = _number(value)
             if step is not None and number is not None and name not in (*_STEP_KEYS, "epoch"):
                 curves.setdefault(name, []).append((int(float(step)), number))
-    if not curves:
-        raise ValueError(f"{file} holds no curve.")
-    folder = path if path.is_dir() else file.parent
-    return Run(folder.resolve().name, {name: sorted(dict(curve).items()) for name, curve in curves.items()})
+    return curves
 
 
-def _newest(folder: Path) -> Path:
+def _first_step(curves: Mapping[str, Curve]) -> int:
+    return min(step for curve in curves.values() for step, _ in curve)
+
+
+def _newest_first(folder: Path) -> list[Path]:
     found = [*folder.glob("**/metrics.csv"), *folder.glob("**/trainer_state.json")]
-    return max(found, key=lambda file: file.stat().st_mtime, default=folder / "metrics.csv")
+    newest = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
+    return [file for file in newest if file.suffix == newest[0].suffix]
 
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:

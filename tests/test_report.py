@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -44,6 +45,22 @@ def test_curves_of_csv_and_of_a_trainer_state(tmp_path):
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     run = read_run(tmp_path / "trainer_state.json")
     assert run.curves == {"mir": [(0, 2.0)], "loss": [(5, 1.0)]}
+
+
+def test_a_resumed_run_is_shown_whole_and_one_before_it_is_not(tmp_path):
+    """Version 0 is a run of its own; 1, 2 and 3 one that was interrupted twice, the first time before step 2."""
+    pieces = [
+        [(0, 9.0), (4, 9.0), (8, 9.0)],
+        [(0, 1.5), (2, 1.4), (3, 1.3)],
+        [(2, 1.4), (3, 1.2), (4, 1.1)],
+        [(6, 1.0)],
+    ]
+    for version, points in enumerate(pieces):
+        folder = tmp_path / "csv" / f"version_{version}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text("\n".join(["step,mir", *(f"{s},{v}" for s, v in points)]))
+        os.utime(folder / "metrics.csv", (version, version))
+    assert read_run(tmp_path).curves == {"mir": [(0, 1.5), (2, 1.4), (3, 1.2), (4, 1.1), (6, 1.0)]}
 
 
 def test_what_is_no_run_is_named(tmp_path):
