@@ -10,10 +10,10 @@ from pathlib import Path
 from PIL import Image
 from torch.utils.data import Dataset
 
-from mir_lightning.llava.images import UnreadableImageError, read_image
 from mir_lightning.llava.prompts import IMAGE
 from mir_lightning.llava.records import Record, image_path, read_records
 from mir_lightning.llava.shapes import Split, draw_sample
+from mir_lightning.probing.images import UnreadableImageError, read_image
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def read_records(path: Path) -> list[Record]:
 def _raw_records(path: Path) -> Iterator[Any]:
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: LLaVA data is a .json or .jsonl file.")
-    text = path.read_text("utf-8")
+    text = path.read_text("utf-8-sig")
     if path.suffix == ".json":
         try:
             records = json.loads(text)
@@ -55,7 +55,7 @@ def _raw_records(path: Path) -> Iterator[Any]:
             raise ValueError(f"{path} must hold a list of records, it holds {type(records).__name__}.")
         yield from records
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield json.loads(line)

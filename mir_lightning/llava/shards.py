@@ -21,10 +21,10 @@ except ImportError as error:
     raise ImportError('data.shards needs the litdata package: pip install "mir-lightning[shards]"') from error
 
 from mir_lightning.llava.datasets import Sample
-from mir_lightning.llava.images import UnreadableImageError, read_image
 from mir_lightning.llava.prompts import IMAGE
 from mir_lightning.llava.records import read_record
 from mir_lightning.llava.throughput import TimedLoader
+from mir_lightning.probing.images import UnreadableImageError, read_image
 
 
 def open_shards(place: str, probe_size: int, data_scale: int | None, seed: int) -> tuple[Any, list[Sample]]:

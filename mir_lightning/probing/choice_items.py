@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from mir_lightning.functional.checks import check_at_least_one
+from mir_lightning.probing.images import read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,10 +53,7 @@ class ChoiceItem:
 def open_image(source: ImageSource) -> Image:
     """An RGB picture from a file, a PIL image or a callable."""
     if isinstance(source, (str, Path)):
-        from PIL import Image
-
-        with Image.open(source) as picture:
-            return picture.convert("RGB")
+        return read_image(source)
     return (source() if callable(source) else source).convert("RGB")
 
 
@@ -139,7 +137,7 @@ def load_choice_items(path: str | Path, max_distractors: int | None = None, seed
             :func:`check_items`).
     """
     path = Path(path)
-    lines = path.read_text("utf-8").splitlines()
+    lines = path.read_text("utf-8-sig").split("\n")
     rows = ((number, _json_object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip())
     return check_items(_item_of(row, path.parent, f"line {number}", max_distractors, seed) for number, row in rows)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from mir_lightning.functional.checks import check_at_least_one
+from mir_lightning.probing.images import read_image
 from mir_lightning.probing.probe import Batch, Probe, batch_digest, checked_batch
 from mir_lightning.vlm import TextPositions, token_masks
 
@@ -68,11 +69,13 @@ def _choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T
 
 
 def _texts(path: Path) -> list[str]:
-    content = path.read_text("utf-8")
+    content = path.read_text("utf-8-sig")
     if path.suffix != ".jsonl":
         return [content.split("@highlight")[0].strip()]
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
@@ -90,21 +93,11 @@ def readable_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
     for pair in pairs:
         try:
             for path in pair.images:
-                _open(path)
+                read_image(path)
             kept.append(pair)
         except ValueError as error:
             unreadable.append(str(error))
     return kept, unreadable
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 class PairProbe(Probe):
@@ -151,7 +144,7 @@ class PairProbe(Probe):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pairs = self.pairs[index]
-        images = [[_open(path) for path in pair.images] for pair in pairs]
+        images = [[read_image(path) for path in pair.images] for pair in pairs]
         made = self._from_prompt(pairs, images) if self.prompt else self._from_chat(pairs, images)
         batch = checked_batch(index, {**made})
         batch["text_mask"] = self._text_mask(batch)

@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from mir_lightning.llava.datasets import RecordsDataset, Replacing, TableDataset
-from mir_lightning.llava.images import UnreadableImageError, read_image
 from mir_lightning.llava.records import read_records
+from mir_lightning.probing.images import UnreadableImageError, read_image
 
 
 def _record(index, image, **changes):
@@ -128,3 +128,14 @@ def test_hugging_face_datasets(tmp_path, images):
             dataset[1]
     with pytest.raises(ValueError, match="has columns image, caption, not 'text'"):
         TableDataset(tmp_path / "arrow", "image", "text")
+
+
+def test_lines_end_at_line_feeds_only_and_a_mark_at_the_start_is_no_text(tmp_path):
+    """JSON may hold the line and paragraph separators of Unicode as they are."""
+    answer = "A kite.\u2028A field.\x85And\u2029more."
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": answer}]
+    record = {"id": "a", "image": "a.png", "conversations": turns}
+    text = json.dumps(record, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n{text}\n".encode())
+    read = read_records(tmp_path / "x.jsonl")
+    assert [r.turns[1] for r in read] == [answer] * 2

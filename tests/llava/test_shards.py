@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from mir_lightning.llava.images import UnreadableImageError
 from mir_lightning.llava.shards import ShardsLoader, _to_sample, _with_replacements, open_shards
+from mir_lightning.probing.images import UnreadableImageError
 from tests.distributed import run_on_ranks
 from tests.shards import UNREADABLE, record, write_shards
 

@@ -21,8 +21,8 @@ from transformers import (
 
 from mir_lightning import evaluate_mir
 from mir_lightning.llava.backbones import ModelSource, build_processor
-from mir_lightning.llava.images import UnreadableImageError
 from mir_lightning.llava.saved import load_vlm
+from mir_lightning.probing.images import UnreadableImageError
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.report import read_run
 from tests.families import TEXT, VISION
