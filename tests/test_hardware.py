@@ -47,7 +47,8 @@ def _trainer(tmp_path, **options):
 
 
 def test_the_recipes_trainer_takes_what_suits_and_says_why(tmp_path, without_bfloat16):
-    trainer = _trainer(tmp_path)
+    assert _trainer(tmp_path).precision == "32-true"
+    trainer = _trainer(tmp_path, precision="auto")
     assert (trainer.precision, trainer.precision_reason) == (
         "32-true",
         "this CPU does not compute bfloat16 natively",

@@ -13,8 +13,8 @@ class RecipeTrainer(pl.Trainer):
     """Lightning's ``Trainer``, whose precision may be ``"auto"``.
 
     Args:
-        precision: as Lightning has it, or ``"auto"``: ``"bf16-mixed"`` where the device computes bfloat16
-            natively, else ``"32-true"``.
+        precision: as Lightning has it, or ``"auto"``, which our configs ask for: ``"bf16-mixed"`` where the device
+            computes bfloat16 natively, else ``"32-true"``.
         accelerator: as Lightning has it.
         options: of Lightning's Trainer.
 
@@ -22,7 +22,7 @@ class RecipeTrainer(pl.Trainer):
         precision_reason: why this precision.
     """
 
-    def __init__(self, *, precision: str | int = "auto", accelerator: str = "auto", **options: Any) -> None:
+    def __init__(self, *, precision: str | int = "32-true", accelerator: str = "auto", **options: Any) -> None:
         self.precision_reason = "as asked for"
         if precision == "auto":
             precision, self.precision_reason = best_precision(accelerator)
