@@ -65,14 +65,12 @@ class _Part(NamedTuple):
     """One modality of a layer, its outliers known.
 
     Attributes:
-        rules: of all its tokens.
         norms: of all its tokens.
         classes: of those tokens.
         rows: tokens held back, with the class of each.
         row_classes: of ``rows``.
     """
 
-    rules: OutlierRules
     norms: Tensor
     classes: Tensor
     rows: Tensor
@@ -352,7 +350,7 @@ class ModalityIntegrationRate(PreciseMetric):
                 "shuffle the stream."
             )
         row_classes = rules.classes(row_norms)
-        return _Part(rules, norms, torch.cat([filed, row_classes]), rows, row_classes)
+        return _Part(norms, torch.cat([filed, row_classes]), rows, row_classes)
 
     def _gaussians(self, groups: Sequence[str], parts: Sequence[_Part], rule: Rule) -> tuple[Gaussian, Gaussian]:
         vision, text = (self._gaussian(group, part, rule) for group, part in zip(groups, parts, strict=True))

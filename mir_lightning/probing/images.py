@@ -71,4 +71,4 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         white = 1.0 if values.max() <= 1 else 255.0
     if values.min() < black or values.max() > white:
         black, white = values.min(), values.max()
-    return Image.fromarray(((values - black) / (white - black) * 255).round().astype(np.uint8))
+    return Image.fromarray(((values - black) / ((white - black) or 1) * 255).round().astype(np.uint8))
