@@ -4,26 +4,29 @@ With *factors* ``X = F Fᵀ`` and ``Y = G Gᵀ`` of the covariances
 
     Tr((X Y)^(1/2)) = sum of the singular values of Fᵀ G = sum of the roots of the eigenvalues of Fᵀ Y F,
 
-which holds at any rank, needs no complex arithmetic, and cannot go negative. Everything is float64, but for the
-Newton-Schulz iteration.
+which holds at any rank, needs no complex arithmetic, cannot go negative, and has a stable gradient. Everything is
+float64, but for the Newton-Schulz iteration.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mir_lightning.functional.checks import check_choice
-from mir_lightning.functional.precision import full_float32
 
 TraceMethod = Literal["auto", "exact", "newton_schulz"]
 
 _EPS = torch.finfo(torch.float64).eps
 _TRACE_TOLERANCE = 1e-10
 _BLOCK = 256
+_BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 class Gaussian:
@@ -158,6 +161,24 @@ def _nuclear_norm(matrix: Tensor) -> Tensor:
 def _small_gram(matrix: Tensor) -> Tensor:
     """``M Mᵀ`` or ``Mᵀ M``, whichever is smaller."""
     return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """No autocast on ``device``, and no TF32 or bfloat16 inside float32 matrix products; restored afterwards."""
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by the backends' own attributes, which this getter refuses to summarise
+        legacy = "highest"
+    saved = [backend.fp32_precision for backend in _BACKENDS]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(_BACKENDS, saved, strict=True):
+            backend.fp32_precision = precision
 
 
 class NewtonSchulzTrace(NamedTuple):
@@ -306,6 +327,46 @@ def frechet_distance(
             raise ValueError(f"{name} must have shape [{len(cov_x)}] to go with cov_x, got {list(mean.shape)}.")
     x, y = Gaussian(mean_x.double(), cov_x.double()), Gaussian(mean_y.double(), cov_y.double())
     return (x.mean - y.mean).square().sum() + _cov_gap(x, y, cross)
+
+
+class _CrossTrace(torch.autograd.Function):
+    """Nuclear norm of ``X Yᵀ`` for centred tokens X ``[n, d]``, Y ``[m, d]``.
+
+    With ``X Yᵀ = U S Vᵀ`` the gradients are ``U Vᵀ Y`` and ``V Uᵀ X``: no inverse of a singular value occurs.
+    Directions of singular value zero are left out of ``U Vᵀ``; where the norm has a kink, that is its
+    subgradient of least norm. QR factors of long token sets keep the decomposition at ``d x d``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        (q_x, r_x), (q_y, r_y) = torch.linalg.qr(x), torch.linalg.qr(y)
+        u, s, vh = torch.linalg.svd(r_x @ r_y.T, full_matrices=False)
+        noise = max(x.shape) * torch.finfo(s.dtype).eps * torch.linalg.matrix_norm(r_x, 2)
+        kept = s > noise * torch.linalg.matrix_norm(r_y, 2)
+        polar = u[:, kept] @ vh[kept]
+        ctx.save_for_backward(q_x @ (polar @ r_y), q_y @ (polar.T @ r_x))
+        return s.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x_gradient, y_gradient = ctx.saved_tensors
+        return gradient * x_gradient, gradient * y_gradient
+
+
+def token_frechet_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Squared Fréchet distance of the Gaussians fitted to tokens ``[n, d]`` and ``[m, d]``, n, m >= 2.
+
+    Back-propagates to the tokens, at any rank. Equal to what the covariances give (``n - 1`` denominators).
+
+    Returns:
+        A float64 scalar.
+    """
+    x, y = x.double(), y.double()
+    centred_x, centred_y = ((t - t.mean(dim=0)) / (len(t) - 1) ** 0.5 for t in (x, y))
+    cross = _CrossTrace.apply(centred_x, centred_y)
+    cov_gap = centred_x.square().sum() + centred_y.square().sum() - 2 * cross
+    return (x.mean(dim=0) - y.mean(dim=0)).square().sum() + cov_gap.clamp(min=0)
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from mir_lightning.functional.checks import check_choice
-from mir_lightning.functional.differentiable import token_frechet_distance
-from mir_lightning.functional.frechet import Gaussian, frechet_gaps
-from mir_lightning.functional.precision import full_float32
+from mir_lightning.functional.frechet import Gaussian, frechet_gaps, full_float32, token_frechet_distance
 
 Variant = Literal["paper", "robust", "official", "official-fast"]
 Rule = Literal["paper", "robust"]
 
 BOTH, PAPER_ONLY, ROBUST_ONLY, NEITHER = range(4)
-"""Classes of tokens by the outlier rules that keep them, see :meth:`OutlierRules.classes`."""
+"""Classes of tokens by the outlier rules that keep them."""
+KEPT: dict[Rule, tuple[int, int]] = {"paper": (BOTH, PAPER_ONLY), "robust": (BOTH, ROBUST_ONLY)}
+"""Classes that a rule keeps."""
 
 _NORMAL = 1.4826  # of a normal distribution: standard deviation over median absolute deviation
 _LEAST_SPREAD = 0.02
@@ -83,15 +83,13 @@ def norms_of(tokens: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tokens, dim=1, dtype=torch.float64)
 
 
-def token_norms(modality: str, tokens: Tensor, layer: int) -> Tensor:
-    """:func:`norms_of` tokens; a ``ValueError`` names the layer if any is not finite."""
-    norms = norms_of(tokens)
+def check_finite(modality: str, norms: Tensor, layer: int) -> None:
+    """Raise a ``ValueError`` that names the layer if any of its tokens' ``norms`` is not finite."""
     if not norms.isfinite().all():
         raise ValueError(
             f"{modality} hidden states of layer {layer} hold NaN or inf "
             f"({int((~norms.isfinite()).sum())} of {len(norms)} tokens): the model has diverged or overflowed."
         )
-    return norms
 
 
 class OutlierRules(NamedTuple):
@@ -111,18 +109,14 @@ class OutlierRules(NamedTuple):
         """Distances of ``norms`` ``[n]`` from the median."""
         return (norms - self.median).abs()
 
-    def inliers(self, norms: Tensor, rule: Rule) -> Tensor:
-        """Boolean ``[n]``: which of ``norms`` a rule keeps."""
-        return self.offsets(norms) <= getattr(self, rule)
-
     def classes(self, norms: Tensor) -> Tensor:
         """uint8 ``[n]``: whether both rules keep a token, only one does, or neither."""
         offsets = self.offsets(norms)
         return (offsets > self.robust).byte() * PAPER_ONLY + (offsets > self.paper).byte() * ROBUST_ONLY
 
 
-def outlier_rules(norms: Tensor) -> OutlierRules:
-    """The rules that norms ``[n]``, n >= 2, set for themselves.
+def judge(norms: Tensor) -> OutlierRules:
+    """The outlier rules that norms ``[n]``, n >= 2, set for themselves.
 
     *paper*: 3 sigma around the lower median, sigma the unbiased standard deviation (released code). Many massive
     tokens inflate sigma until the rule misses them (masking).
@@ -137,6 +131,17 @@ def outlier_rules(norms: Tensor) -> OutlierRules:
     deviation = (norms - median).abs().median()
     spread = torch.maximum(_NORMAL * deviation, _LEAST_SPREAD * median)
     return OutlierRules(median, paper, torch.where(deviation > 0, 3 * spread, paper))
+
+
+def kept_by(rule: Rule, classes: Tensor) -> Tensor:
+    """Boolean ``[n]``: which tokens of these classes a rule keeps."""
+    both, only = KEPT[rule]
+    return (classes == both) | (classes == only)
+
+
+def rule_of(variant: Variant) -> Rule:
+    """The outlier rule of a variant."""
+    return "robust" if variant == "robust" else "paper"
 
 
 def text_scale(text_norms: Tensor, layer: int) -> Tensor:
@@ -210,21 +215,23 @@ class CleanTokens(NamedTuple):
 
 
 def clean_tokens(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> CleanTokens:
-    """Apply the outlier rule of ``variant`` to tokens ``[n_v, d]`` and ``[n_t, d]`` of one layer."""
+    """Apply the outlier rule of ``variant`` to tokens ``[n_v, d]`` and ``[n_t, d]`` of one layer.
+
+    The official variants put the coordinate-wise (lower) median of all tokens in the place of each outlier.
+    """
     norms, cleaned, outliers = [], [], []
     for modality, tokens in (("vision", vision), ("text", text)):
         check_count(modality, len(tokens), layer)
-        norms.append(token_norms(modality, tokens, layer))
-        inlier = outlier_rules(norms[-1]).inliers(norms[-1], rule_of(variant))
-        outliers.append(int((~inlier).sum()))
-        cleaned.append(_replace(tokens, inlier) if variant.startswith("official") else tokens[inlier])
-        check_count(modality, len(cleaned[-1]), layer)
+        norms.append(norms_of(tokens))
+        check_finite(modality, norms[-1], layer)
+        kept = kept_by(rule_of(variant), judge(norms[-1]).classes(norms[-1]))
+        outliers.append(int((~kept).sum()))
+        if variant.startswith("official"):
+            cleaned.append(torch.where(kept[:, None], tokens, tokens.median(dim=0).values))
+        else:
+            cleaned.append(tokens[kept])
+            check_count(modality, len(cleaned[-1]), layer)
     return CleanTokens(cleaned[0], cleaned[1], text_scale(norms[1], layer), [len(n) for n in norms], outliers)
-
-
-def rule_of(variant: Variant) -> Rule:
-    """The outlier rule of a variant."""
-    return "robust" if variant == "robust" else "paper"
 
 
 def official_layer_distance(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> LayerDistance:
@@ -235,11 +242,6 @@ def official_layer_distance(vision: Tensor, text: Tensor, variant: Variant, laye
     )
     result = layer_distance(own, others, clean.scale, clean.tokens, clean.outliers, robust.outliers)
     return result._replace(cov_gap=_five_step_cov_gap(clean, layer)) if variant == "official-fast" else result
-
-
-def _replace(tokens: Tensor, inlier: Tensor) -> Tensor:
-    """Put the coordinate-wise (lower) median of all tokens in the place of each outlier."""
-    return torch.where(inlier[:, None], tokens, tokens.median(dim=0).values)
 
 
 def _five_step_cov_gap(clean: CleanTokens, layer: int) -> Tensor:
@@ -296,7 +298,7 @@ def modality_integration_rate(
         vision: L tensors ``[n_v, d]``: the vision tokens' hidden states after each decoder layer.
         text: L tensors ``[n_t, d]``.
         variant: ``"paper"`` removes outliers; ``"robust"`` does so by a rule that many massive activations cannot
-            mask (see :func:`outlier_rules`); ``"official"`` replaces them by the coordinate-wise median, as
+            mask (see :func:`judge`); ``"official"`` replaces them by the coordinate-wise median, as
             the released code does; ``"official-fast"`` also takes the released default's float32 cross term.
         return_layers: also return the Fréchet distances by layer.
         differentiable: back-propagate through the result to the tokens, so that MIR can serve as an auxiliary

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mir_lightning.functional import modality_integration_rate
-from mir_lightning.functional.differentiable import token_frechet_distance
+from mir_lightning.functional.frechet import token_frechet_distance
 from tests import oracle
 from tests.streams import hostile_layers
 

@@ -4,7 +4,7 @@ import scipy.linalg
 import torch
 
 from mir_lightning.functional import modality_integration_rate
-from mir_lightning.functional.mir import outlier_rules
+from mir_lightning.functional.mir import judge, kept_by
 from tests import oracle
 from tests.streams import KINDS, hostile_layers
 
@@ -49,8 +49,8 @@ def test_tokens_nearly_alike_are_no_outliers_of_the_robust_rule():
     norms = 1 + 1e-4 * torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     norms[:100] += 0.02
     norms[0] = 1.2
-    rules = outlier_rules(norms)
-    assert (~rules.inliers(norms, "robust")).nonzero().tolist() == [[0]]
+    rules = judge(norms)
+    assert (~kept_by("robust", rules.classes(norms))).nonzero().tolist() == [[0]]
     assert rules.robust.item() == pytest.approx(3 * 0.02 * norms.median().item())
 
 

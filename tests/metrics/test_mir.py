@@ -63,8 +63,8 @@ def test_massive_activations_anywhere_in_the_stream(share, place, accumulator):
     expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)))
     metric = ModalityIntegrationRate(LAYERS, 32, accumulator=accumulator)
     _stream(metric, vision, text, 12)
-    assert metric._state("vision_0", "moments")
-    assert metric._state("text_0", "moments")
+    assert metric.vision_0_moments
+    assert metric.text_0_moments
     try:
         value = metric.compute()
     except AccumulatedOutlierError:
@@ -85,7 +85,7 @@ def test_float32_accumulators_are_exact_to_1e_6(kind, dtype):
     metric = ModalityIntegrationRate(LAYERS, WIDTH, accumulator=torch.float32)
     _stream(metric, vision, text, 40)
     if kind != "few_tokens":
-        assert metric._moments("vision_0")[0].second.dtype == torch.float32
+        assert metric.vision_0_moments[1].dtype == torch.float32
     try:
         metric.compute()
     except AccumulatedOutlierError:
@@ -141,7 +141,7 @@ def test_width_4096_with_more_tokens_than_dimensions():
     expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)))
     metric = ModalityIntegrationRate(1, 4096)
     value = _stream(metric, vision, text, 5).compute().item()
-    assert metric._state("vision_0", "moments")
+    assert metric.vision_0_moments
     assert value == pytest.approx(expected, rel=1e-8)
 
 
@@ -183,10 +183,10 @@ def test_more_massive_tokens_than_there_is_room_for_have_moments_of_their_own(sh
     if second_pass:
         metric.start_second_pass()
         _stream(metric, vision, text, 40)
-    own, massive_ones, _ = metric._moments("vision_0")
-    assert massive_ones.total > 0.6 * massive.sum()
-    assert own.total > 0.9 * (~massive).sum()
-    assert sum(r.nbytes for r in metric._state("vision_0", "rows")) <= (0 if second_pass else 2**20)
+    own, _, massive_ones, *_ = metric.vision_0_moments  # heads: the count comes first
+    assert massive_ones[0] > 0.6 * massive.sum()
+    assert own[0] > 0.9 * (~massive).sum()
+    assert sum(r.nbytes for r in metric.vision_0_rows) <= (0 if second_pass else 2**20)
     expected = oracle.mir_layers([vision[0].numpy()], [text[0].numpy()], "robust")
     assert metric.compute_layers().item() == pytest.approx(expected.item(), rel=1e-8)
     paper = ModalityIntegrationRate(1, WIDTH)
@@ -206,9 +206,9 @@ def test_memory_is_moments_and_norms():
         (vision,), (text,) = hostile_layers("massive", layers=1, d=d, seed=seed)
         metric.update(vision, text, layer=0)
     for group, tokens in (("vision_0", 35_000), ("text_0", 25_000)):
-        assert sum(m.nbytes for m in metric._state(group, "moments")) <= 8 * (d * d / 2 + 192 * d / 2 + d + 1)
-        assert sum(n.nbytes for n in metric._state(group, "norms")) <= 8 * tokens
-        assert sum(r.nbytes for r in metric._state(group, "rows")) < 0.04 * tokens * d * 4
+        assert sum(m.nbytes for m in getattr(metric, f"{group}_moments")) <= 8 * (d * d / 2 + 192 * d / 2 + d + 1)
+        assert sum(n.nbytes for n in getattr(metric, f"{group}_norms")) <= 8 * tokens
+        assert sum(r.nbytes for r in getattr(metric, f"{group}_rows")) < 0.04 * tokens * d * 4
 
 
 @settings(max_examples=40, deadline=None)
@@ -442,9 +442,9 @@ def _uneven_ranks(rank, world):
     official = ModalityIntegrationRate(LAYERS, WIDTH, "official")
     if part[0][0].numel():
         _stream(official, *part, 6)
-    before = sum(map(len, metric._state("vision_0", "rows")))
+    before = sum(map(len, metric.vision_0_rows))
     values = metric.compute().item(), official.compute().item(), metric.compute_layers().sum().log10().item()
-    assert sum(map(len, metric._state("vision_0", "rows"))) == before, "the local stream must go on"
+    assert sum(map(len, metric.vision_0_rows)) == before, "the local stream must go on"
     return values
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from mir_lightning.functional.discrimination import right_shares, soft_discrimination_score
-from mir_lightning.metrics.figures import subplots
-from mir_lightning.metrics.precise import PreciseMetric
+from mir_lightning.functional.sds import right_shares, soft_discrimination_score
+from mir_lightning.metrics.base import PreciseMetric, figure_and_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,9 +162,7 @@ class SoftDiscriminationScore(PreciseMetric):
         """
         if val is not None:
             return cast("tuple[Figure, Axes]", self._plot(val, ax))
-        figure: Figure | None = None
-        if ax is None:
-            figure, ax = subplots()
+        figure, ax = figure_and_axes(ax)
         found = self.compute_breakdown()
         names = [name or "all" for name in found]
         ax.barh(names, [score.sds for score in found.values()], label="SDS")

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mir_lightning.functional import soft_discrimination_score
-from mir_lightning.functional.discrimination import right_shares
+from mir_lightning.functional.sds import right_shares
 
 
 def _oracle(scores):

@@ -1,0 +1,275 @@
+"""The tokens of one layer and modality: norms of all, moments of most, the others held until they are known.
+
+Two outlier rules decide which tokens count, and both need the norms of all tokens. So the norm of every token is
+kept; raw tokens while they take less room than a covariance; after that, only those whose norm is unusual so far,
+which an outlier rule may yet exclude. The others go into moments, one for each class of tokens that some rule
+keeps. That what was accumulated is of the class it was taken for is checked at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mir_lightning.functional.frechet import Gaussian
+from mir_lightning.functional.mir import (
+    BOTH,
+    KEPT,
+    NEITHER,
+    PAPER_ONLY,
+    ROBUST_ONLY,
+    OutlierRules,
+    Rule,
+    check_count,
+    judge,
+    kept_by,
+    norms_of,
+)
+from mir_lightning.metrics.moments import (
+    Moments,
+    all_reduce_moments,
+    mean_and_covariance,
+    merge_moments,
+    moments_of,
+    no_moments,
+    packed_size,
+    update_moments,
+)
+
+Gather = Callable[..., list[Tensor]]
+
+_PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated, each apart
+_SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
+_USUAL = 1.5 / 3  # of a margin: what is accumulated while there is room to hold the others and learn more
+_LEAST_ROOM = 2**20  # bytes of raw tokens kept before judging any: enough for steady statistics
+
+
+class AccumulatedOutlierError(ValueError):
+    """Tokens that a final outlier rule excludes were accumulated earlier in the stream, or the reverse."""
+
+
+class Judged(NamedTuple):
+    """A cloud whose outliers are known: norms and classes of all its tokens, the held tokens and their classes."""
+
+    norms: Tensor
+    classes: Tensor
+    rows: Tensor
+    row_classes: Tensor
+
+    def excluded(self, rule: Rule) -> int:
+        """Number of tokens that a rule does not keep."""
+        return int((~kept_by(rule, self.classes)).sum())
+
+    @property
+    def rules_differ(self) -> bool:
+        """Whether the two rules keep different tokens."""
+        return bool(((self.classes == PAPER_ONLY) | (self.classes == ROBUST_ONLY)).any())
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Tokens of one layer and modality, as states of a metric; the methods change the lists in place.
+
+    Attributes:
+        width: d of the tokens.
+        accumulator: dtype of the covariances.
+        rows: held tokens, ``[n, d]`` each.
+        norms: of the tokens that are not held, float64 ``[n]`` each.
+        classes: of the same tokens, uint8 ``[n]`` each.
+        moments: head and packed M2 of each class that some rule keeps; empty before the first token is
+        accumulated.
+    """
+
+    width: int
+    accumulator: torch.dtype
+    rows: list[Tensor]
+    norms: list[Tensor]
+    classes: list[Tensor]
+    moments: list[Tensor]
+
+    STATES = ("rows", "norms", "classes", "moments")
+
+    def device(self, default: torch.device) -> torch.device:
+        """Where the tokens were, or the ``default`` without any."""
+        return next((t.device for state in (self.rows, self.norms, self.moments) for t in state), default)
+
+    def held(self) -> Tensor:
+        """All held tokens, ``[n, d]``."""
+        return torch.cat(self.rows) if self.rows else torch.zeros(0, self.width, device=self._home)
+
+    def seen_norms(self) -> Tensor:
+        """Norms of all tokens, ``[n]``, the held ones last."""
+        return torch.cat([self._accumulated(self.norms, torch.float64), norms_of(self.held())])
+
+    @property
+    def _home(self) -> torch.device:
+        return self.device(torch.device("cpu"))
+
+    def _accumulated(self, state: list[Tensor], dtype: torch.dtype) -> Tensor:
+        return torch.cat([torch.zeros(0, dtype=dtype, device=self._home), *state])
+
+    def add(self, tokens: Tensor, norms: Tensor, known: OutlierRules | None) -> None:
+        """Add tokens ``[n, d]`` with their norms; ``known`` are the final rules, in a second pass."""
+        if known is not None:
+            self._accumulate(tokens, known.classes(norms))
+            return
+        room = max(packed_size(self.width) * self.accumulator.itemsize, _LEAST_ROOM)
+        if not self.moments:
+            if _bytes_of(self.rows) + tokens.nbytes <= room:
+                self.rows.append(tokens.clone())
+                return
+            tokens, norms = torch.cat([*self.rows, tokens]), torch.cat([self.seen_norms(), norms])
+            self.rows.clear()
+        self._sort(tokens, norms, room // 2)
+
+    def _sort(self, tokens: Tensor, norms: Tensor, room: int) -> None:
+        """Accumulate the tokens with usual norms; hold the others back for the final outlier rules.
+
+        Where more than ``room`` bytes are held, the sure inliers among them are released, and the surely massive,
+        far outside the robust rule and well inside the paper's; where that is not enough, also that half of the
+        others that is further from any margin. Never a token that neither rule keeps among all seen so far.
+        """
+        rules = judge(torch.cat([self.seen_norms(), norms]))
+        margin = torch.minimum(rules.paper, rules.robust)
+        self._release(tokens, norms, torch.where(rules.offsets(norms) <= _USUAL * margin, BOTH, NEITHER))
+        for pressed in (False, True):
+            if _bytes_of(self.rows) <= room:
+                return
+            rows = torch.cat(self.rows)
+            self.rows.clear()
+            norms = norms_of(rows)
+            offsets, classes = rules.offsets(norms), rules.classes(norms)
+            sure = (offsets <= _SURE * margin) | ((offsets > 2 * rules.robust) & (offsets <= _SURE * rules.paper))
+            if pressed and (kept := classes != NEITHER).any():
+                leeway = torch.minimum((offsets / rules.robust - 1).abs(), (offsets / rules.paper - 1).abs())
+                sure |= kept & (leeway >= leeway[kept].median())
+            for part, moments in enumerate(self._parts()):
+                if moments is None and rows[sure & (classes == part)].nbytes < room:
+                    sure &= classes != part  # holding them takes less than moments of their own
+            self._release(rows, norms, torch.where(sure, classes, NEITHER))
+
+    def _release(self, tokens: Tensor, norms: Tensor, classes: Tensor) -> None:
+        """Accumulate tokens by class; hold back those of class ``NEITHER``."""
+        open_ = classes == NEITHER
+        if open_.any():
+            self.rows.append(tokens[open_])
+            tokens, norms, classes = tokens[~open_], norms[~open_], classes[~open_]
+        self._accumulate(tokens, classes)
+        self.norms.append(norms)
+        self.classes.append(classes.byte())
+
+    def _accumulate(self, tokens: Tensor, classes: Tensor) -> None:
+        """Add tokens to the moments of their classes; those of class ``NEITHER`` to none."""
+        for part in _PARTS:
+            of_part = classes == part
+            chosen = tokens if of_part.all() else tokens[of_part]
+            if not len(chosen):
+                continue
+            moments = self._parts()
+            if (known := moments[part]) is not None:
+                update_moments(known, chosen)
+            else:
+                moments[part] = moments_of(chosen, self.accumulator)
+                self._keep(moments)
+
+    def _parts(self) -> list[Moments | None]:
+        """Moments of each class; ``None`` for one without tokens."""
+        pairs = zip(self.moments[::2], self.moments[1::2], strict=True)
+        return [Moments(*pair) if len(pair[0]) else None for pair in pairs] or [None] * len(_PARTS)
+
+    def _keep(self, parts: Sequence[Moments | None]) -> None:
+        """Moments of the classes as a state: two tensors each, empty ones for a class without tokens."""
+        device = next((part.head.device for part in parts if part is not None), None)
+        nothing = (torch.zeros(0, device=device), torch.zeros(0, device=device))
+        self.moments[:] = [tensor for part in parts for tensor in part or nothing] if any(parts) else []
+
+    def judged(self, modality: str, layer: int) -> Judged:
+        """The tokens with their final classes.
+
+        Raises:
+            ValueError: with fewer than two tokens.
+            AccumulatedOutlierError: if some were accumulated as another class than they turn out to be of.
+        """
+        known, filed = self._accumulated(self.norms, torch.float64), self._accumulated(self.classes, torch.uint8)
+        rows, norms = self.held(), self.seen_norms()
+        check_count(modality, len(norms), layer)
+        rules = judge(norms)
+        if wrong := int((rules.classes(known) != filed).sum()):
+            raise AccumulatedOutlierError(
+                f"{wrong} {modality} tokens of layer {layer} looked usual (or massive) when they were accumulated "
+                "and do not among all tokens seen: call start_second_pass() and repeat the same updates, or "
+                "shuffle the stream."
+            )
+        row_classes = rules.classes(norms[len(known) :])
+        return Judged(norms, torch.cat([filed, row_classes]), rows, row_classes)
+
+    def gaussian(self, judged: Judged, rule: Rule) -> Gaussian:
+        """Of the tokens that a rule keeps."""
+        rows = judged.rows[kept_by(rule, judged.row_classes)]
+        parts = self._parts()
+        moments = reduce(_union, [parts[c] for c in KEPT[rule]])
+        if moments is None:
+            return Gaussian.from_tokens(rows)
+        return Gaussian(*mean_and_covariance(self._with(moments, rows)), eps=torch.finfo(self.accumulator).eps)
+
+    def start_second_pass(self, rules: OutlierRules) -> None:
+        """Keep the norms, classed by the final ``rules``, and forget the tokens."""
+        norms = self.seen_norms()
+        self.norms[:], self.classes[:] = [norms], [rules.classes(norms)]
+        self.rows.clear()
+        self.moments.clear()
+
+    def merge(self, other: Cloud) -> None:
+        """Take in another stream's tokens; ``other`` does not change, and the two share no moments."""
+        for state in ("rows", "norms", "classes"):
+            getattr(self, state)[:0] = getattr(other, state)
+        self._keep([_union(*pair) for pair in zip(other._parts(), self._parts(), strict=True)])
+        self.moments[:] = [tensor.clone() for tensor in self.moments]
+
+    def sync(self, gather: Gather, group: Any) -> None:
+        """Merge across ranks: norms are gathered, moments summed.
+
+        The norms of all ranks decide the classes of the held tokens, so each rank adds its own to the moments.
+        """
+        rows = self.held()
+        row_norms = norms_of(rows)
+        known, filed, open_norms = (
+            torch.cat(gather(tensor, group=group))
+            for tensor in (
+                self._accumulated(self.norms, torch.float64),
+                self._accumulated(self.classes, torch.uint8),
+                row_norms,
+            )
+        )
+        seen = torch.cat([known, open_norms])
+        classes, parts = filed, self._parts()
+        if len(seen) >= 2:
+            rules = judge(seen)
+            classes, row_classes = torch.cat([filed, rules.classes(open_norms)]), rules.classes(row_norms)
+            for part in _PARTS:
+                if (classes == part).any():
+                    own = parts[part] or no_moments(self.width, self.accumulator, seen.device)
+                    parts[part] = all_reduce_moments(self._with(own, rows[row_classes == part]), group)
+        else:
+            classes = filed.new_zeros(len(seen))
+        self.norms[:], self.classes[:] = [seen], [classes]
+        self.rows.clear()
+        self._keep(parts)
+
+    def _with(self, moments: Moments, rows: Tensor) -> Moments:
+        """Moments with held tokens of their class; the argument does not change."""
+        return merge_moments(moments, moments_of(rows, self.accumulator)) if len(rows) else moments
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _union(first: Moments | None, second: Moments | None) -> Moments | None:
+    """Moments of two sets of tokens together."""
+    return merge_moments(first, second) if first is not None and second is not None else first or second
