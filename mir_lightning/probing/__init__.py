@@ -1,11 +1,11 @@
 """Run a fixed probe through a live model."""
 
-from mir_lightning.probing.choice_items import ChoiceItem, load_choice_items
-from mir_lightning.probing.choice_probe import ChoiceProbe
-from mir_lightning.probing.choices import ChoiceResult, evaluate_choices
+from mir_lightning.probing.choices.evaluate import ChoiceResult, evaluate_choices
+from mir_lightning.probing.choices.few_shot import FewShotProbe, FewShotResult, evaluate_few_shot
+from mir_lightning.probing.choices.items import ChoiceItem, load_choice_items
+from mir_lightning.probing.choices.m3_bench import load_m3_bench
+from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
-from mir_lightning.probing.few_shot import FewShotProbe, FewShotResult, evaluate_few_shot
-from mir_lightning.probing.m3_bench import load_m3_bench
 from mir_lightning.probing.probe import Probe
 
 __all__ = [

@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.mir import Variant
-from mir_lightning.probing.batches import MaskedBatches, check_probe
+from mir_lightning.metrics.mir import AccumulatedOutlierError, ModalityIntegrationRate
+from mir_lightning.probing.batches import MaskedBatches
 from mir_lightning.probing.isolation import leave_no_trace
-from mir_lightning.probing.probe import Probe
-from mir_lightning.probing.run import Forward, HiddenStates, ProbeRun
-from mir_lightning.vlm import TextPositions, find_vlm
+from mir_lightning.probing.network import Forward, HiddenStates, Network
+from mir_lightning.probing.probe import Batch, Probe
+from mir_lightning.probing.ranks import fit_into_memory, run_together, sum_over_ranks
+from mir_lightning.vlm import TextPositions, TokenMasks
+
+_SAMPLE_SIZE = 400
 
 
 class UncheckedMaskWarning(UserWarning):
@@ -140,33 +143,30 @@ def evaluate_mir(
     """
     start = time.perf_counter()
     check_choice("variant", variant, Variant)
-    if hidden_states is None:
-        model = find_vlm(model)
-    elif check:
+    if check and hidden_states is not None:
         raise ValueError("check works with Hugging Face models only: pass check=False along with hidden_states.")
-
-    def new_run() -> ProbeRun:
-        return ProbeRun(model, variant, forward, hidden_states, sample_layer, distributed, layers, progress)
-
-    fingerprint = probe.fingerprint
-    vlm = model if isinstance(model, PreTrainedModel) and hidden_states is None else None
-    masks = check_probe(vlm, probe, text, layers, image_token_id)
-    batches = MaskedBatches(probe, masks)
-    with leave_no_trace(model):
-        checked = check and new_run().check_masks(batches)
-        run, mir = _run_in_memory(batches, new_run)
-        breakdown, loss = run.metric.compute_breakdown(), run.loss()
+    network = Network(model, forward, layers, image_token_id, hidden_states)
+    fingerprint, masks = probe.fingerprint, network.masks(probe, text)
+    whole = MaskedBatches(probe, masks)
+    with leave_no_trace(network.model):
+        checked = check and _mask_is_right(network, whole, distributed)
+        reading = fit_into_memory(
+            lambda batches: _Reading(network, variant, sample_layer, distributed, progress).of(batches),
+            whole,
+            MaskedBatches.halved,
+        )
+        breakdown, loss = reading.metric.compute_breakdown(), reading.loss()
     if check and not checked:
         warnings.warn(UncheckedMaskWarning(_NOTHING_MOVED), stacklevel=2)
-    stacked = {
+    by_layer = {
         name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])
         for name in ("mean_gap", "cov_gap", "scale", "effective_rank", "total_variance", "outliers", "massive")
     }
     robust_layers = torch.stack([layer.robust.cpu() for layer in breakdown])
     return MIRResult(
-        mir=mir,
-        layers=stacked["mean_gap"] + stacked["cov_gap"],
-        **stacked,
+        mir=reading.metric.compute().item(),
+        layers=by_layer["mean_gap"] + by_layer["cov_gap"],
+        **by_layer,
         mir_robust=robust_layers.sum().log10().item(),
         robust_layers=robust_layers,
         vision_tokens=int(sum(m.vision.sum() for m in masks)),
@@ -177,23 +177,117 @@ def evaluate_mir(
         variant=variant,
         text=text,
         fingerprint=fingerprint,
-        sample=run.sample,
-        sample_layer=run.sample_layer,
+        sample=reading.sample(),
+        sample_layer=reading.sample_layer,
         checked=checked,
     )
 
 
-def _run_in_memory(batches: MaskedBatches, new_run: Callable[[], ProbeRun]) -> tuple[ProbeRun, float]:
-    """Run the probe, with its batches halved until they fit."""
-    while True:
-        run = new_run()
+def _mask_is_right(network: Network, batches: MaskedBatches, distributed: bool) -> bool:
+    """Self-check of each rank's first batch; whether some position moved on any rank."""
+    moved = [False]
+
+    def check(index: int, counts: bool) -> None:
+        moved.append(network.check_vision_mask(*batches[index]))
+
+    ranks = torch.distributed.get_world_size() if distributed else 1
+    run_together(min(ranks, len(batches)), check, distributed, network.device)
+    return sum_over_ranks([any(moved)], network.device)[0] > 0 if distributed else any(moved)
+
+
+class _Reading:
+    """Hidden states of a probe's batches go into the metric as soon as they exist; loss and a sample beside it."""
+
+    def __init__(
+        self, network: Network, variant: Variant, sample_layer: int | None, distributed: bool, progress: str | None
+    ) -> None:
+        self.network = network
+        self.variant = variant
+        self.distributed = distributed
+        self.progress = progress
+        self._sample_layer = sample_layer
+        self._metric: ModalityIntegrationRate | None = None
+
+    @property
+    def metric(self) -> ModalityIntegrationRate:
+        assert self._metric is not None
+        return self._metric
+
+    @property
+    def sample_layer(self) -> int:
+        """Counted from 1."""
+        return self._sample_layer or (self.metric.num_layers + 1) // 2
+
+    def of(self, batches: MaskedBatches) -> _Reading:
+        """Run the batches, twice where the order of the tokens asks for it."""
+        self._run(batches)
         try:
-            return run, run.mir(batches)
-        except torch.OutOfMemoryError as error:
-            halved = batches.halved()
-            if halved is None:
-                raise
-            batches = halved
-            error.__traceback__ = None  # it holds the tensors that did not fit
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
+            self.metric.compute()
+        except AccumulatedOutlierError:
+            self.metric.start_second_pass()
+            self._run(batches)
+            self.metric.compute()
+        return self
+
+    def _run(self, batches: MaskedBatches) -> None:
+        self._loss_sum, self._loss_tokens = 0.0, 0
+        self._samples: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._sample_share = -(-_SAMPLE_SIZE // len(batches))
+        run_together(
+            len(batches),
+            lambda index, counts: self._add(*batches[index], counts),
+            self.distributed,
+            self.network.device,
+            self.progress,
+        )
+
+    def _add(self, batch: Batch, masks: TokenMasks, counts: bool) -> None:
+        inputs = self.network.inputs(batch)
+        positions = [mask.view(-1).nonzero()[:, 0].to(self.network.device) for mask in masks]
+        if not counts:
+            positions = [where[:0] for where in positions]
+        errors: list[Exception] = []
+
+        def reduce(hidden: Tensor, layer: int, layers: int) -> None:
+            """An error waits until the forward is through: other ranks may be computing in step."""
+            if not errors:
+                try:
+                    self._reduce(hidden, positions, layer, layers)
+                except Exception as error:
+                    errors.append(error)
+
+        output = self.network.run_layers(inputs, masks, reduce)
+        if errors:
+            raise errors[0]
+        if counts and "labels" in inputs and getattr(output, "loss", None) is not None:
+            self._add_loss(output.loss, inputs)
+
+    def _add_loss(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        self._loss_sum += float(loss) * tokens if tokens else 0.0
+        self._loss_tokens += tokens
+
+    def _reduce(self, hidden: Tensor, positions: list[Tensor], layer: int, layers: int) -> None:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if self._metric is None:
+            metric = ModalityIntegrationRate(layers, flat.shape[1], self.variant, sync_on_compute=self.distributed)
+            self._metric = metric.to(hidden.device)
+        # The layers of a model spread over devices do not all lie where the metric does.
+        vision, text = (flat.index_select(0, where.to(flat.device)).to(self.metric.device) for where in positions)
+        self.metric.update(vision, text, layer=layer)
+        if layer + 1 == self.sample_layer:
+            for parts, tokens in zip(self._samples, (vision, text), strict=True):
+                parts.append(tokens[:: max(1, len(tokens) // self._sample_share)].float().cpu())
+
+    def loss(self) -> float | None:
+        """Mean cross-entropy over all labelled tokens; ``None`` without any."""
+        total, tokens = self._loss_sum, float(self._loss_tokens)
+        if self.distributed:
+            total, tokens = sum_over_ranks([total, tokens], self.network.device)
+        return total / tokens if tokens else None
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Some vision and text tokens of one layer, ``[n, d]`` float32, spread over this rank's batches."""
+        empty = torch.zeros(0, self.metric.hidden_size)
+        vision, text = (torch.cat([empty, *parts])[:_SAMPLE_SIZE] for parts in self._samples)
+        return vision, text

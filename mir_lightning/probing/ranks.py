@@ -1,38 +1,45 @@
-"""Share a probe over the ranks of a process group, and agree on how it went."""
+"""Run a probe on all ranks at once, or on one: shares, errors, sums, and batches that fit into memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 _FINE, _OUT_OF_MEMORY, _FAILED = 0, 1, 2
 
 
-def share_of_rank(items: Sequence[T]) -> Iterator[tuple[T, bool]]:
-    """This rank's items, each with whether it counts.
+def run_together(
+    total: int,
+    run: Callable[[int, bool], None],
+    distributed: bool,
+    device: torch.device,
+    progress: str | None = None,
+) -> None:
+    """Call ``run(index, counts)`` for this rank's share of ``total`` indices, under a bar of that title.
 
-    Every rank gets equally many, because a sharded model computes in step: where the items do not divide
-    evenly, or are fewer than the ranks, some get an item that another rank counts.
+    Every rank gets equally many, because a sharded model computes in step: where the indices do not divide evenly,
+    or are fewer than the ranks, some get one that another rank counts. Errors surface when all ranks have run
+    theirs, on all of them.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    indices = range(rank, rounds_of(items) * world, world)
-    return ((items[i % len(items)], i < len(items)) for i in indices)
-
-
-def rounds_of(items: Sequence[T]) -> int:
-    """How many items each rank runs."""
-    return -(-len(items) // dist.get_world_size())
-
-
-def progress_bar(items: Iterable[T], total: int, title: str | None) -> Iterable[T]:
-    """The items, with a bar under that title that disappears at the end; none without a title."""
-    return tqdm(items, total=total, desc=title, leave=False, disable=title is None)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    failure: Exception | None = None
+    share = range(rank, -(-total // world) * world, world)
+    for index in tqdm(share, desc=progress, leave=False, disable=progress is None):
+        try:
+            run(index % total, index < total)
+        except Exception as error:
+            if not distributed:
+                raise
+            failure = failure or error
+    if distributed:
+        raise_together(failure, device)
 
 
 def run_items(
@@ -42,29 +49,20 @@ def run_items(
     device: torch.device,
     progress: str | None = None,
 ) -> list[T]:
-    """What ``run`` gives for each item, by index, of batches of indices that ranks may share.
-
-    With a title in ``progress`` a bar is shown. Distributed, every rank gets all of it; errors surface when all
-    ranks have run theirs, on all of them.
-    """
+    """What ``run`` gives for each item, by index, of batches of indices that ranks share; on every rank."""
     found: dict[int, T] = {}
-    failure: Exception | None = None
-    share = share_of_rank(batches) if distributed else ((b, True) for b in batches)
-    for batch, counts in progress_bar(share, rounds_of(batches) if distributed else len(batches), progress):
-        try:
-            results = run(batch)
-        except Exception as error:
-            if not distributed:
-                raise
-            failure = failure or error
-        else:
-            found |= dict(zip(batch, results, strict=True)) if counts else {}
+
+    def run_batch(index: int, counts: bool) -> None:
+        results = run(batches[index])
+        found.update(zip(batches[index], results, strict=True) if counts else ())
+
+    run_together(len(batches), run_batch, distributed, device, progress)
+    parts = [found]
     if distributed:
-        raise_together(failure, device)
-        parts: list[dict[int, T]] = [{}] * dist.get_world_size()
+        parts = [{}] * dist.get_world_size()
         dist.all_gather_object(parts, found)
-        found = {index: result for part in parts for index, result in part.items()}
-    return [found[index] for index in sorted(found)]
+    merged = {index: result for part in parts for index, result in part.items()}
+    return [merged[index] for index in sorted(merged)]
 
 
 def raise_together(error: Exception | None, device: torch.device) -> None:
@@ -93,3 +91,22 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def fit_into_memory(run: Callable[[S], T], size: S, smaller: Callable[[S], S | None]) -> T:
+    """What ``run`` gives for ``size``, or for the first of ``smaller`` and smaller ones that fits.
+
+    Raises:
+        torch.OutOfMemoryError: if there is none smaller.
+    """
+    while True:
+        try:
+            return run(size)
+        except torch.OutOfMemoryError as error:
+            less = smaller(size)
+            if less is None:
+                raise
+            size = less
+            error.__traceback__ = None  # it holds the tensors that did not fit
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

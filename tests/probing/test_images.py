@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mir_lightning.probing.choice_items import open_image
+from mir_lightning.probing.choices.items import open_image
 from mir_lightning.probing.images import UnreadableImageError, read_image
 from mir_lightning.probing.pairs import Pair, readable_pairs
 

@@ -6,16 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from mir_lightning.functional.checks import check_at_least_one, check_choice
-from mir_lightning.metrics.discrimination import Discrimination, SoftDiscriminationScore
-from mir_lightning.probing.candidate_scores import CandidateScorer, Forward, Score
-from mir_lightning.probing.choice_items import ChoiceItem
-from mir_lightning.probing.choice_probe import ChoiceProbe
+from mir_lightning.metrics.sds import Discrimination, SoftDiscriminationScore
+from mir_lightning.probing.choices.items import ChoiceItem
+from mir_lightning.probing.choices.probe import ChoiceProbe
+from mir_lightning.probing.choices.scores import CandidateScorer, Forward, Score
 from mir_lightning.probing.isolation import leave_no_trace
-from mir_lightning.probing.ranks import run_items, sum_over_ranks
+from mir_lightning.probing.ranks import fit_into_memory, run_items, sum_over_ranks
 from mir_lightning.vlm import find_vlm
 
 
@@ -96,8 +95,10 @@ def evaluate_choices(
     if getattr(vlm.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(vlm).__name__} is an encoder-decoder: its answers do not follow its prompts.")
     with leave_no_trace(model):
-        run = _Run(CandidateScorer(vlm, items, score, forward, distributed), distributed, progress)
-        scores = run.in_memory(batch_size)
+        scorer = CandidateScorer(vlm, items, score, forward, distributed)
+        scores, shared_prefix = fit_into_memory(
+            lambda size: _scores(scorer, size, progress), batch_size, lambda size: size // 2 or None
+        )
     metric = SoftDiscriminationScore(items.tasks, sync_on_compute=False)
     for item, of_item in zip(items.items, scores, strict=True):
         if not of_item.isfinite().all():
@@ -111,45 +112,24 @@ def evaluate_choices(
         chance=whole.chance,
         breakdown=breakdown,
         scores=scores,
-        shared_prefix=run.shared_prefix,
+        shared_prefix=shared_prefix,
         score=score,
         fingerprint=items.fingerprint,
         seconds=time.perf_counter() - start,
     )
 
 
-class _Run:
-    """All items of a probe, on this rank's share or on all of it."""
-
-    def __init__(self, scorer: CandidateScorer, distributed: bool, progress: str | None) -> None:
-        self.scorer = scorer
-        self.distributed = distributed
-        self.progress = progress
-        self.shared_prefix = False
-
-    def in_memory(self, batch_size: int) -> list[Tensor]:
-        """Scores by item, with batches halved until they fit."""
-        items = self.scorer.probe.items
-        while True:
-            try:
-                self.shared_prefix = self._all_can_share(_check_items(items))
-                batches = batches_of(items, batch_size)
-                return run_items(batches, self._scores, self.distributed, self.scorer.device, self.progress)
-            except torch.OutOfMemoryError as error:
-                if batch_size == 1:
-                    raise
-                batch_size //= 2
-                error.__traceback__ = None  # it holds the tensors that did not fit
-            if self.scorer.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _scores(self, batch: Sequence[int]) -> list[Tensor]:
-        items = [self.scorer.probe.items[index] for index in batch]
-        return self.scorer.shared(items) if self.shared_prefix else self.scorer.whole(items)
-
-    def _all_can_share(self, items: Sequence[ChoiceItem]) -> bool:
-        shares = self.scorer.can_share(items)
-        return not sum_over_ranks([not shares], self.scorer.device)[0] if self.distributed else shares
+def _scores(scorer: CandidateScorer, batch_size: int, progress: str | None) -> tuple[list[Tensor], bool]:
+    """Scores by item, and whether candidates continued from their prompt's cache."""
+    items = scorer.probe.items
+    shares = scorer.can_share(_check_items(items))
+    if scorer.in_step:
+        shares = not sum_over_ranks([not shares], scorer.device)[0]
+    score = scorer.shared if shares else scorer.whole
+    batches = batches_of(items, batch_size)
+    return run_items(
+        batches, lambda batch: score([items[i] for i in batch]), scorer.in_step, scorer.device, progress
+    ), shares
 
 
 def _check_items(items: Sequence[ChoiceItem]) -> list[ChoiceItem]:

@@ -11,25 +11,23 @@ import re
 import string
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from mir_lightning.functional.checks import check_at_least_one
-from mir_lightning.probing.candidate_scores import CandidateScorer, Forward
-from mir_lightning.probing.choice_items import IMAGE, ChoiceItem
-from mir_lightning.probing.choice_probe import ChoiceProbe, made_of
-from mir_lightning.probing.choices import batches_of
+from mir_lightning.probing.choices.evaluate import batches_of
+from mir_lightning.probing.choices.items import IMAGE, ChoiceItem
+from mir_lightning.probing.choices.probe import ChoiceProbe
+from mir_lightning.probing.choices.scores import CandidateScorer, Forward
 from mir_lightning.probing.isolation import leave_no_trace
 from mir_lightning.probing.ranks import run_items
 from mir_lightning.vlm import find_vlm
 
 CAPTION_PROMPT = f"{IMAGE} A photo of"
 QUESTION_PROMPT = f"{IMAGE} Question: {{question}} Short answer:"
-
-FewShotLike = Union["FewShotProbe", Callable[[], "FewShotProbe"]]
 
 
 class AnswerScore(NamedTuple):
@@ -95,15 +93,6 @@ class FewShotProbe:
             )
             for count in shots
         }
-
-    @classmethod
-    def of(cls, source: FewShotLike) -> FewShotProbe:
-        """A probe, or what a zero-argument callable makes.
-
-        Raises:
-            TypeError: for anything else.
-        """
-        return made_of(FewShotProbe, source)
 
     @property
     def fingerprint(self) -> str:

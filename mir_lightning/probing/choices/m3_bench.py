@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mir_lightning.probing.choice_items import IMAGE, ChoiceItem, check_items, sample_distractors
+from mir_lightning.probing.choices.items import IMAGE, ChoiceItem, check_items, sample_distractors
 
 ABILITIES = {
     "general_visual_question_answering": "perception",
@@ -64,7 +64,7 @@ def load_m3_bench(
 
     Raises:
         ValueError: if no task folder or not all of ``tasks`` are there, a JSON file is none, or naming all items
-            that cannot be asked (see :func:`~mir_lightning.probing.choice_items.check_items`).
+            that cannot be asked (see :func:`~mir_lightning.probing.choices.items.check_items`).
     """
     folder = Path(folder)
     names = [name for name in ABILITIES if (folder / name).is_dir()] if tasks is None else list(tasks)

@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mir_lightning.probing.choice_items import IMAGE, ChoiceItem, ImageSource, check_items, open_image
+from mir_lightning.probing.choices.items import IMAGE, ChoiceItem, ImageSource, check_items, open_image
 
 T = TypeVar("T")
-
-ChoicesLike = Union["ChoiceProbe", Callable[[], "ChoiceProbe"]]
 
 
 @dataclass(frozen=True)
@@ -100,15 +98,6 @@ class ChoiceProbe:
             )
         self.processor = processor
         self.template = template
-
-    @classmethod
-    def of(cls, source: ChoicesLike) -> ChoiceProbe:
-        """A probe, or what a zero-argument callable makes.
-
-        Raises:
-            TypeError: for anything else.
-        """
-        return made_of(ChoiceProbe, source)
 
     def __len__(self) -> int:
         return len(self.items)

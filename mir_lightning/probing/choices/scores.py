@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from mir_lightning.probing.choice_items import ChoiceItem
-from mir_lightning.probing.choice_probe import ChoiceProbe, EncodedChoices, common_prefix, valid_rows
+from mir_lightning.probing.choices.items import ChoiceItem
+from mir_lightning.probing.choices.probe import ChoiceProbe, EncodedChoices, common_prefix, valid_rows
 from mir_lightning.vlm import execution_device
 
 Score = Literal["logit", "logprob"]

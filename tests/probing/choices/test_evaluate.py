@@ -4,35 +4,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
 
 from mir_lightning.functional import soft_discrimination_score
-from mir_lightning.probing import ChoiceItem, ChoiceProbe, evaluate_choices
-from mir_lightning.probing.choice_items import open_image
+from mir_lightning.probing import ChoiceProbe, evaluate_choices
+from mir_lightning.probing.choices.items import open_image
+from mir_lightning.probing.choices.probe import made_of
+from tests.items import QWEN_IMAGE, hard_items, item, picture
 from tests.processors import FAMILIES, build, tokenizer
-
-QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-def picture(seed, width=16, height=16):
-    return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-def item(name, prompt, answer, *distractors, images=(), task="colour", ability="perception"):
-    return ChoiceItem(name, prompt, answer, distractors, task, ability, tuple(images))
-
-
-def hard_items():
-    """Prompts and candidates of different lengths, several images, none, and boundaries that merge."""
-    return [
-        item("one", "<image>What colour is the star? Answer:", "red", "green", "light blue", images=[picture(0)]),
-        item("first", "Is it small?", "small", "large and to the left of it", images=[picture(1, 24, 16)]),
-        item("two", "<image>and<image>How many? Answer: ", "one", "two", images=[picture(2), picture(3, 16, 24)]),
-        item("merged", "<image> Answer: ", "red circles", "star", "the", images=[picture(4)]),
-        item("glued", "<image>What col\n", "our", "r", images=[picture(5)]),
-        item("two again", "<image><image>A photo of", "a star", "a cross", "it", images=[picture(6), picture(7)]),
-        item("text", "The star is", "red", "green or blue or yellow", task="relation", ability="reasoning"),
-    ]
 
 
 def reference(model, processor, asked, score, image_text=None):
@@ -314,8 +292,8 @@ def test_bad_arguments():
     with pytest.raises(TypeError, match="items must be a ChoiceProbe, got list"):
         evaluate_choices(model, items)
     with pytest.raises(TypeError, match="items must be a ChoiceProbe or a callable that makes one, got list"):
-        ChoiceProbe.of(items)
-    assert ChoiceProbe.of(lambda: probe) is ChoiceProbe.of(probe) is probe
+        made_of(ChoiceProbe, items)
+    assert made_of(ChoiceProbe, lambda: probe) is made_of(ChoiceProbe, probe) is probe
     t5 = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=400)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         evaluate_choices(transformers.T5ForConditionalGeneration(t5), probe)

@@ -2,23 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from mir_lightning.probing.few_shot import (
-    CAPTION_PROMPT,
-    QUESTION_PROMPT,
+from mir_lightning.probing.choices.few_shot import (
     FewShotProbe,
     evaluate_few_shot,
     token_f1,
 )
-from tests.probing.test_choices import QWEN_IMAGE, item, picture
+from mir_lightning.probing.choices.probe import made_of
+from tests.items import QWEN_IMAGE, item, open_items, picture
 from tests.processors import build
-
-
-def _items(count, task="caption", first=0):
-    prompt = CAPTION_PROMPT if task == "caption" else QUESTION_PROMPT.format(question="What colour is the star?")
-    return [
-        item(f"{task}{i}", prompt, f"answer {i}", "wrong", images=[picture(i)], task=task)
-        for i in range(first, first + count)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -39,8 +30,8 @@ def test_f1_counts_words(answer, right, f1):
 
 def test_examples_are_seeded_solved_and_of_the_same_task():
     _, processor = build("llava")
-    items = _items(3) + _items(3, "vqa")
-    examples = _items(10) + _items(10, "vqa")
+    items = open_items(3) + open_items(3, "vqa")
+    examples = open_items(10) + open_items(10, "vqa")
     probe = FewShotProbe(items, examples, processor, shots=(0, 4))
     assert probe.probes[0].items == items
     again = FewShotProbe(items, examples, processor, shots=(0, 4))
@@ -61,8 +52,10 @@ def test_examples_are_seeded_solved_and_of_the_same_task():
 def test_answers_are_those_of_generate(family):
     model, processor = build(family)
     mark = QWEN_IMAGE if family == "qwen2_vl" else processor.image_token
-    items = _items(2) + _items(2, "vqa")
-    probe = FewShotProbe(items, _items(4, first=9) + _items(4, "vqa", 9), processor, (0, 2), image_text=mark)
+    items = open_items(2) + open_items(2, "vqa")
+    probe = FewShotProbe(
+        items, open_items(4, first=9) + open_items(4, "vqa", 9), processor, (0, 2), image_text=mark
+    )
     result = evaluate_few_shot(model, probe, max_new_tokens=6, batch_size=3)
     for count, shown in probe.probes.items():
         for asked, answer in zip(shown.items, result.answers[count], strict=True):
@@ -78,8 +71,8 @@ def test_answers_are_those_of_generate(family):
 
 def test_scores_are_means_over_answers_and_tasks():
     model, processor = build("llava")
-    examples = _items(4, first=9) + _items(4, "vqa", 9)
-    items = _items(3) + _items(2, "vqa")
+    examples = open_items(4, first=9) + open_items(4, "vqa", 9)
+    items = open_items(3) + open_items(2, "vqa")
     written = evaluate_few_shot(model, FewShotProbe(items, examples, processor, (0,)), 3).answers[0]
     right = [
         item(a.id, a.prompt, w or "x", "wrong", images=a.images, task=a.task)
@@ -100,7 +93,7 @@ def test_leaves_no_trace():
     model, processor = build("llava")
     model.train()
     rng = torch.get_rng_state()
-    evaluate_few_shot(model, FewShotProbe(_items(2), _items(3, first=5), processor, (1,)), 2)
+    evaluate_few_shot(model, FewShotProbe(open_items(2), open_items(3, first=5), processor, (1,)), 2)
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), rng)
 
@@ -108,12 +101,12 @@ def test_leaves_no_trace():
 def test_bad_arguments():
     model, processor = build("llava")
     with pytest.raises(ValueError, match="examples: task 'caption' has 3, 4 shots were asked for"):
-        FewShotProbe(_items(2), _items(3, first=5), processor)
+        FewShotProbe(open_items(2), open_items(3, first=5), processor)
     for shots in ((), (0, -1)):
         with pytest.raises(ValueError, match="shots must be numbers from 0 on, at least one, got"):
-            FewShotProbe(_items(2), [], processor, shots)
-    probe = FewShotProbe(_items(2), [], processor, (0,))
+            FewShotProbe(open_items(2), [], processor, shots)
+    probe = FewShotProbe(open_items(2), [], processor, (0,))
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         evaluate_few_shot(model, probe, 0)
     with pytest.raises(TypeError, match="items must be a FewShotProbe or a callable that makes one, got list"):
-        FewShotProbe.of(_items(2))
+        made_of(FewShotProbe, open_items(2))

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from mir_lightning.probing import ChoiceItem, load_choice_items
-from mir_lightning.probing.choice_items import check_items, open_image, sample_distractors
+from mir_lightning.probing.choices.items import check_items, open_image, sample_distractors
 
 
 def _picture(path, colour=(9, 8, 7), mode="RGB"):

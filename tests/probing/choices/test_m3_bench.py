@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mir_lightning.probing import load_m3_bench
-from mir_lightning.probing.m3_bench import ABILITIES
+from mir_lightning.probing.choices.m3_bench import ABILITIES
 
 QUESTION = {"question": "What is it?", "answer": "a cat", "distraction": ["a dog", "a bird"]}
 

@@ -1,0 +1,211 @@
+"""A model as a probe calls it: the way in, what it is given, and its hidden states layer by layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mir_lightning.probing.probe import Batch, Probe
+from mir_lightning.vlm import (
+    TextPositions,
+    TokenMasks,
+    check_takes_pixels,
+    execution_device,
+    find_decoder,
+    find_vlm,
+    token_masks,
+)
+
+Forward = Callable[..., Any]
+HiddenStates = Callable[[nn.Module, dict[str, Any]], Iterable[Tensor]]
+Reduce = Callable[[Tensor, int, int], None]  # hidden states [B, S, H], their layer from 0, number of layers
+
+_MASK_KEYS = ("vision_mask", "text_mask")
+_NOT_PIXELS = ("mask", "embeds")
+
+
+class Network:
+    """A model to look into.
+
+    Args:
+        model: a Hugging Face vision-language model, or a module that holds one; any module with ``hidden_states``.
+        forward: called with a batch's inputs instead of the Hugging Face model, which it has to reach.
+        layers: dotted path of the ``ModuleList`` of decoder layers inside the Hugging Face model.
+        image_token_id: placeholder of vision tokens in ``input_ids``.
+        hidden_states: for models that are not Hugging Face's, see :func:`~mir_lightning.evaluate_mir`.
+
+    Raises:
+        ValueError: if the model's parts cannot be found, or it is of a kind that MIR is not defined for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward | None = None,
+        layers: str | None = None,
+        image_token_id: int | None = None,
+        hidden_states: HiddenStates | None = None,
+    ) -> None:
+        self.vlm = find_vlm(model) if hidden_states is None else None
+        self.model: nn.Module = model if self.vlm is None else self.vlm
+        self.forward = forward or self.model
+        self.decoder = None if self.vlm is None else find_decoder(self.vlm, layers)
+        self.image_token_id = image_token_id
+        self.hidden_states = hidden_states
+        self.device = execution_device(self.model)
+        self.dtype = next(self.model.parameters()).dtype
+        accepted = inspect.signature(type(self.model).forward).parameters
+        self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
+        self._keeps_logits = "logits_to_keep" in accepted
+
+    def masks(self, probe: Probe, text: TextPositions) -> list[TokenMasks]:
+        """Vision and text positions of each batch, and all that can be known without running the model.
+
+        Raises:
+            ValueError: if the model takes no pixels, a mask does not fit, or a modality has fewer than two tokens
+                in all.
+        """
+        if self.vlm is not None and "vision_mask" not in probe[0]:
+            check_takes_pixels(self.vlm)
+        config = None if self.vlm is None else self.vlm.config
+        masks = [token_masks(config, batch, text, self.image_token_id) for batch in probe]
+        for modality, hint in (
+            ("vision", "is the image token id right, and do the texts hold image placeholders?"),
+            ("text", 'does text follow the image? text="all" counts what precedes it too.'),
+        ):
+            count = int(sum(getattr(m, modality).sum() for m in masks))
+            if count < 2:
+                raise ValueError(f"the probe has {count} {modality} tokens and needs at least 2: {hint}")
+        return masks
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Of a forward: on the device, floating point ones in the model's dtype, masks left out."""
+        return {
+            key: value.to(self.device, self.dtype if value.is_floating_point() else None, non_blocking=True)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in batch.items()
+            if key not in _MASK_KEYS
+        }
+
+    def run(self, inputs: dict[str, Any]) -> Any:
+        """A lean forward: no cache, and no logits beyond the last position unless a loss needs them."""
+        lean = {"logits_to_keep": 1} if self._keeps_logits and "labels" not in inputs else {}
+        return self.forward(**inputs, **self._no_cache, **lean)
+
+    def run_layers(self, inputs: dict[str, Any], masks: TokenMasks, reduce: Reduce) -> Any:
+        """Run the inputs; ``reduce`` gets each decoder layer's output, the last one's after the final norm.
+
+        Returns:
+            What the forward gives; ``None`` of a model with ``hidden_states``.
+        """
+        if self.hidden_states is not None:
+            states = list(self.hidden_states(self.model, inputs))
+            for layer, hidden in enumerate(states):
+                reduce(_sequence_states(hidden, masks.vision, layer), layer, len(states))
+            return None
+        assert self.decoder is not None
+        total = len(self.decoder.layers)
+        final: list[Tensor] = []
+
+        def after_layer(layer: int, output: Any) -> None:
+            hidden = _sequence_states(output, masks.vision, layer)
+            if layer + 1 == total:
+                final[:] = [hidden]
+            else:
+                reduce(hidden, layer, total)
+
+        def after_norm(output: Any) -> None:
+            if final:
+                final[:] = [output]
+
+        with ExitStack() as hooks:
+            for index, block in enumerate(self.decoder.layers):
+                handle = block.register_forward_hook(lambda _m, _a, out, i=index: after_layer(i, out))
+                hooks.callback(handle.remove)
+            for norm in self.decoder.norms:
+                hooks.callback(norm.register_forward_hook(lambda _m, _a, out: after_norm(out)).remove)
+            output = self.run(inputs)
+        if not final:
+            raise ValueError("the decoder's last layer did not run in the model's forward pass.")
+        reduce(final[0], total - 1, total)
+        return output
+
+    def check_vision_mask(self, batch: Batch, masks: TokenMasks) -> bool:
+        """Run a batch twice, with other pixels the second time, and see what moves at the first decoder layer.
+
+        Every floating-point tensor but masks and embeddings is taken for pixels.
+
+        Returns:
+            Whether some position moved; none does while a projector is silent (its output layer all zeros).
+
+        Raises:
+            ValueError: if a position outside the vision mask moved, or there are no pixels to change.
+        """
+        inputs = self.inputs(batch)
+        before, after = (self._first_layer_input(given) for given in (inputs, _with_other_pixels(inputs)))
+        if before.shape[:2] != masks.vision.shape:
+            return True  # the layers say with a better message that the sequence has another length
+        moved = (before != after).any(dim=-1).cpu()
+        outside = moved & ~masks.vision
+        if outside.any():
+            sample, position = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"the vision mask is wrong: {int(outside.sum())} positions outside it carry pixels (sample "
+                f"{sample}, position {position}, token {int(inputs['input_ids'][sample, position])}). Give "
+                'image_token_id, or each probe batch a "vision_mask".'
+            )
+        return bool(moved.any())
+
+    def _first_layer_input(self, inputs: dict[str, Any]) -> Tensor:
+        assert self.decoder is not None
+        layer, seen = self.decoder.layers[0], []
+        name = next(iter(inspect.signature(layer.forward).parameters))
+        handle = layer.register_forward_pre_hook(
+            lambda _m, args, kwargs: seen.append((args[0] if args else kwargs[name]).detach()), with_kwargs=True
+        )
+        try:
+            self.run(inputs)
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def _sequence_states(output: Any, vision_mask: Tensor, layer: int) -> Tensor:
+    """The ``[B, S, H]`` hidden states in a decoder layer's output."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    expected = list(vision_mask.shape)
+    if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == vision_mask.shape:
+        return hidden
+    given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+    why = "is not supported"
+    if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[0] == expected[0]:
+        why = "inserts vision tokens inside the model, and is not supported: their positions are not known outside"
+    elif isinstance(hidden, Tensor) and hidden.ndim == 4:
+        why = "keeps parallel residual streams apart, and is not supported: none of them alone is the hidden state"
+    raise ValueError(
+        f"decoder layer {layer} gave {given} where [B, S, H] with B, S = {expected} of input_ids was expected: "
+        f"the model {why}."
+    )
+
+
+def _with_other_pixels(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Noise added to the pixels; zeros stay, since whole images of them are padding to some models."""
+    generator = torch.Generator().manual_seed(0)
+    changed = {}
+    for key, value in inputs.items():
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        if is_float and not any(part in key for part in _NOT_PIXELS):
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            changed[key] = torch.where(value == 0, value, value + noise)
+    if not changed:
+        raise ValueError(
+            f"the probe's batches carry no pixels (floating-point tensors) to check the vision mask with: their "
+            f"keys are {sorted(inputs)}. Pass check=False to go without."
+        )
+    return {**inputs, **changed}
