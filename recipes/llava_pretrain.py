@@ -23,7 +23,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from mir_lightning import MIRCallback, SDSCallback
 from mir_lightning.callbacks.captions import CaptionCallback
 from mir_lightning.callbacks.few_shot import FewShotCallback
-from mir_lightning.callbacks.reporting import curve_figure, picture_folder
+from mir_lightning.callbacks.figures import curve_figure
+from mir_lightning.callbacks.loggers import picture_folder
 from mir_lightning.llava.console import MIRProgressBar, closing_report, start_table
 from mir_lightning.llava.data import PretrainingData
 from mir_lightning.llava.export import ExportingCheckpoint, export

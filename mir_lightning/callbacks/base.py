@@ -1,44 +1,69 @@
-"""What callbacks that look into the model in training have in common: when, at what cost, what if it fails."""
+"""Evaluate something fixed at points of a training run, and keep the curve: what every probing callback shares."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
-import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
-from mir_lightning.callbacks import reporting
-from mir_lightning.callbacks.budget import Budget
-from mir_lightning.callbacks.schedule import Schedule, tokens_of
+from mir_lightning.callbacks.loops import LightningLoop, Loop, Table
+from mir_lightning.callbacks.schedule import Budget, Schedule, tokens_of
 from mir_lightning.callbacks.strategies import check_data_parallel
 from mir_lightning.functional.checks import check_choice
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 OnError = Literal["warn", "raise"]
 
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 
 
 class ProbingCallback(pl.Callback, ABC):
     """Evaluate something fixed at points of a training run, and keep the curve.
 
-    A subclass says what to evaluate (:meth:`_prepare`, :meth:`_measure`) and what to tell of a result
-    (:meth:`_values`, :meth:`_point`, :meth:`_draw`).
+    Nothing is asked of the LightningModule but that it holds the model. The run is the same bit for bit with and
+    without the callback. Distributed, each rank runs its share of what is evaluated, and all log and see the
+    numbers of the whole: give every rank the same. Each evaluation also logs ``<name>_probe/seconds`` and
+    ``<name>_probe/overhead`` (share of the training time so far).
+
+    A subclass says what to evaluate (:meth:`prepare`, :meth:`measure`) and what to tell of a result
+    (:meth:`values`, :meth:`draw`).
 
     Args:
-        schedule: when, besides start and end.
-        at_start: before the first step.
-        at_end: after the last step, if that step was not evaluated yet.
-        name: of the curve, in loggers and checkpoints.
-        on_error: what a failed evaluation does once training runs: ``"warn"`` or ``"raise"``.
-        max_overhead: largest share of the training time that evaluations may take, start and end apart.
+        every_n_steps: optimizer steps between evaluations; ``None`` for none. The schedules below add to it.
+        at_start: evaluate before the first step.
+        at_end: evaluate after the last step, if that step was not evaluated yet. Every point is of the weights
+            that are trained: averaged ones (EMA, SWA) take their place after it.
+        model: dotted path of the Hugging Face model inside the LightningModule; found by itself when None.
+        name: prefix of everything logged; choose another for a second callback of the kind.
+        on_error: what a failed evaluation does once training runs: ``"warn"`` reports it with the step and
+            training goes on; ``"raise"`` stops. What can be checked at the start always raises.
+        at_steps: also evaluate after these optimizer steps.
+        growth: also evaluate after 1, 2, ... steps, each point about ``growth`` times the last: for long runs.
+        every_n_epochs: also evaluate at the end of every so many training epochs.
+        every_n_tokens: also evaluate whenever so many more tokens (over all ranks, padding left out) have been
+            trained on. Needs ``attention_mask`` or ``input_ids`` in the training batches, and adds up one number
+            across ranks a step.
+        max_overhead: largest share of the training time that evaluations may take, start and end apart. One
+            that would exceed it is left out, and the log says so.
         strict_probe: raise, instead of warning, when a run resumes with a probe of other contents.
 
+    Attributes:
+        history: one row a point: ``step``, and everything that was logged, under the names it was logged under.
+        fingerprint: of what is evaluated, once training has begun.
+        last_monitored: the last values that checkpoints and early stopping saw.
+        evaluating_since: when the evaluation under way began, on the monotonic clock; ``None`` between them.
+
     Raises:
-        ValueError: for an unknown option.
+        ValueError: for an unknown option or an interval below 1; when the fit starts, for a probe or a module
+            that does not fit, ranks with different probes, or tensor parallelism.
     """
 
     label: str
@@ -48,82 +73,88 @@ class ProbingCallback(pl.Callback, ABC):
 
     def __init__(
         self,
-        schedule: Schedule,
-        at_start: bool,
-        at_end: bool,
-        name: str,
-        on_error: OnError,
-        max_overhead: float | None,
-        strict_probe: bool,
+        every_n_steps: int | None = 500,
+        at_start: bool = True,
+        at_end: bool = True,
+        model: str | None = None,
+        name: str = "probe",
+        on_error: OnError = "warn",
+        at_steps: Sequence[int] = (),
+        growth: float | None = None,
+        every_n_epochs: int | None = None,
+        every_n_tokens: int | None = None,
+        max_overhead: float | None = None,
+        strict_probe: bool = False,
     ) -> None:
         check_choice("on_error", on_error, OnError)
-        self.schedule = schedule
+        self.schedule = Schedule(every_n_steps, tuple(at_steps), growth, every_n_epochs, every_n_tokens)
+        self.budget = Budget(max_overhead)
         self.at_start = at_start
         self.at_end = at_end
+        self.model = model
         self.name = name
         self.on_error = on_error
-        self.budget = Budget(max_overhead)
         self.strict_probe = strict_probe
         self.history: list[dict[str, Any]] = []
-        self._fingerprint: str | None = None
+        self.evaluating_since: float | None = None
+        self.fingerprint: str | None = None
+        self._restored_fingerprint: str | None = None
         self._last_step: int | None = None
         self._stepped = 0
         self._tokens = 0
         self._tokens_of_step = 0
-        self._restored_fingerprint: str | None = None
-        self._last_monitored: dict[str, float] = {}
+        self.last_monitored: dict[str, float] = {}
         self._warned: set[str] = set()
-        self.evaluating_since: float | None = None  # on the monotonic clock, while it does
+
+    @property
+    def last_seconds(self) -> float | None:
+        """What the last evaluation took; ``None`` before the first."""
+        return self.history[-1][f"{self.name}_probe/seconds"] if self.history else None
 
     @abstractmethod
-    def _prepare(self, pl_module: pl.LightningModule) -> tuple[str, dict[str, Any]]:
-        """Find the model and check the probe: its fingerprint, and settings to describe the run with."""
+    def prepare(self, module: nn.Module) -> dict[str, Any]:
+        """Find the model in ``module`` and check the probe; settings to describe the run with.
+
+        One of them is ``fingerprint``: points of different ones are not comparable.
+        """
 
     @abstractmethod
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    def measure(self, loop: Loop) -> Any:
         """Evaluate; the result has ``seconds``."""
 
     @abstractmethod
-    def _values(self, result: Any) -> dict[str, float]:
+    def values(self, result: Any) -> dict[str, float]:
         """What loggers plot of a result, by name."""
 
-    def _monitored(self, result: Any) -> dict[str, float]:
-        """What ``trainer.callback_metrics`` gets of a result."""
-        return self._values(result)
+    def monitored(self, result: Any) -> dict[str, float]:
+        """What checkpoints and early stopping see of a result."""
+        return self.values(result)
 
-    @abstractmethod
-    def _point(self, result: Any, step: int) -> dict[str, Any]:
-        """What the history keeps of a result: plain numbers, with ``step`` and ``seconds``."""
+    def remembered(self, result: Any) -> dict[str, Any]:
+        """What the history keeps beside the values: plain data."""
+        return {}
 
-    @abstractmethod
-    def _draw(self, trainer: pl.Trainer, result: Any) -> None:
-        """Pictures of a result and of the history."""
+    def draw(self, result: Any, step: int) -> tuple[dict[str, Figure], Table] | None:
+        """Figures by name, and a table, of a result and of the history, which ends with its row."""
+        return None
 
-    def _warning(self) -> str | None:
+    def alarm(self) -> str | None:
         """Something about the history to warn of, once."""
         return None
 
-    def _bar_title(self, trainer: pl.Trainer) -> str | None:
-        """Of a bar of this evaluation, on rank 0 of a Trainer that shows bars."""
-        bar = trainer.progress_bar_callback
-        shown = trainer.is_global_zero and bar is not None and getattr(bar, "is_enabled", True)
-        return f"{self.label} at step {trainer.global_step}" if shown else None
+    def bar_title(self, loop: Loop) -> str | None:
+        """Of a bar of this evaluation; none where the loop shows no bars."""
+        return f"{self.label} at step {loop.step}" if loop.shows_bars else None
 
-    @property
-    def state_key(self) -> str:
-        """Two callbacks of different names keep their own state in a checkpoint."""
-        return self._generate_state_key(name=self.name)
+    def begin(self, loop: Loop) -> None:
+        """Find the model and check the probe, so that mistakes show before the first step.
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the model and check the probe, so that mistakes show before the first step."""
-        check_data_parallel(trainer, type(self).__name__)
-        self._fingerprint, settings = self._prepare(pl_module)
-        self._check_fingerprint(trainer, self._fingerprint)
-        reporting.describe_run(trainer, self.name, settings, self.best)
-
-    def _check_fingerprint(self, trainer: pl.Trainer, fingerprint: str) -> None:
-        same = trainer.strategy.broadcast(fingerprint) == fingerprint
-        if not trainer.strategy.reduce_boolean_decision(same, all=True):
+        Raises:
+            ValueError: as the class says.
+        """
+        settings = self.prepare(loop.module)
+        self.fingerprint = fingerprint = str(settings["fingerprint"])
+        if not loop.all_agree(loop.from_first(fingerprint) == fingerprint):
             raise ValueError("probe: the ranks hold probes of different contents; give every rank the same one.")
         restored = self._restored_fingerprint
         if restored is not None and restored != fingerprint:
@@ -134,115 +165,147 @@ class ProbingCallback(pl.Callback, ABC):
             if self.strict_probe:
                 raise ValueError(message)
             rank_zero_warn(message)
+        loop.describe(self.name, settings, self.best)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start(self, loop: Loop) -> None:
         """Step 0; on resume, the last point, and one that the interrupted run was due but did not reach."""
         self.budget.start()
-        self._show_monitored(trainer)
-        self._stepped = step = trainer.global_step
+        loop.monitor(self.last_monitored)
+        self._stepped = step = loop.step
         if (self.at_start and step == 0) or (step and self.schedule.due_at_step(step)):
-            self._evaluate(trainer, pl_module)
+            self.evaluate(loop)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate once after each optimizer step that is due (micro-batches of an accumulation share one)."""
-        if self.schedule.every_n_tokens is not None:
-            self._tokens_of_step += tokens_of(batch)
-        before, self._stepped = self._stepped, trainer.global_step
-        if self._stepped == before:
-            return
+    def after_step(self, loop: Loop, tokens: int | None = None) -> None:
+        """Evaluate if an optimizer step since the last call, or all ``tokens`` trained on so far, make it due."""
+        before, self._stepped = self._stepped, loop.step
         due = any(self.schedule.due_at_step(step) for step in range(before + 1, self._stepped + 1))
-        if self.schedule.every_n_tokens is not None:
-            due |= self._count_tokens(trainer)
-        if due and self._affordable(trainer):
-            self._evaluate(trainer, pl_module)
+        if tokens is not None:
+            due |= self.schedule.due_at_tokens(self._tokens, tokens)
+            self._tokens = tokens
+        if due and self._affordable(loop):
+            self.evaluate(loop)
 
-    def _count_tokens(self, trainer: pl.Trainer) -> bool:
-        """Add a step's tokens over all ranks; whether that passed a point."""
-        of_step = torch.tensor(self._tokens_of_step, device=trainer.strategy.root_device)
-        before, self._tokens_of_step = self._tokens, 0
-        self._tokens += int(trainer.strategy.reduce(of_step, reduce_op="sum"))
-        return self.schedule.due_at_tokens(before, self._tokens)
+    def after_epoch(self, loop: Loop, epochs: int) -> None:
+        """Evaluate at the end of training epoch number ``epochs`` if that is due."""
+        if self.schedule.due_at_epoch(epochs) and self._affordable(loop):
+            self.evaluate(loop)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate at the end of each epoch that is due."""
-        if self.schedule.due_at_epoch(trainer.current_epoch + 1) and self._affordable(trainer):
-            self._evaluate(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end(self, loop: Loop) -> None:
         """Last step."""
         if self.at_end:
-            self._evaluate(trainer, pl_module)
+            self.evaluate(loop)
 
-    def _affordable(self, trainer: pl.Trainer) -> bool:
-        """Whether one more evaluation like the last keeps within ``max_overhead``; rank 0 decides for all."""
-        if self.budget.max_overhead is None or not self.history:
+    def _affordable(self, loop: Loop) -> bool:
+        """Whether one more evaluation like the last keeps within ``max_overhead``; the first rank decides."""
+        if self.budget.max_overhead is None or self.last_seconds is None:
             return True
-        coming = self.history[-1]["seconds"]
-        affordable = bool(trainer.strategy.broadcast(self.budget.allows(coming)))
-        if not affordable:
-            rank_zero_info(self.budget.refusal(self.name, trainer.global_step, coming))
-        return affordable
+        refusal = loop.from_first(self.budget.refusal(self.last_seconds))
+        if refusal is not None:
+            rank_zero_info(f"{self.name}: evaluation at step {loop.step} left out: {refusal}.")
+        return refusal is None
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = trainer.global_step
-        if step == self._last_step:
+    def evaluate(self, loop: Loop) -> None:
+        """Take a point at this step, unless it has one."""
+        if loop.step == self._last_step:
             return
-        self._last_step = step
+        self._last_step = loop.step
         self.evaluating_since = start = time.monotonic()
         try:
-            self._report(trainer, self._measure(trainer, pl_module))
+            self._report(loop, self.measure(loop))
         except Exception as error:
-            if self.on_error == "raise":
-                raise
-            self._warn_once(
-                f"{self.label} evaluation at step {step} failed, training goes on: {error}", str(error)
+            self._warn_or_raise(
+                f"{self.label} evaluation at step {loop.step} failed, training goes on: {error}", error
             )
         finally:
             self.evaluating_since = None
             self.budget.evaluating += time.monotonic() - start
 
-    def _report(self, trainer: pl.Trainer, result: Any) -> None:
-        step = trainer.global_step
-        self._last_monitored = self._monitored(result)
-        self._show_monitored(trainer)
-        self.history.append(self._point(result, step))
-        values = self._values(result)
+    def _report(self, loop: Loop, result: Any) -> None:
+        self.last_monitored = self.monitored(result)
+        loop.monitor(self.last_monitored)
+        values = self.values(result)
         values[f"{self.name}_probe/seconds"] = result.seconds
         values[f"{self.name}_probe/overhead"] = self.budget.share(result.seconds)
-        reports: list[Callable[[], None]] = [
-            lambda: reporting.log_scalars(trainer, values),
-            lambda: self._draw(trainer, result),
-        ]
-        for report in reports:
+        self.history.append({"step": loop.step, **values, **self.remembered(result)})
+        for report in (lambda: loop.log(values), lambda: self._draw(loop, result)):
             try:
                 report()
             except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                self._warn_once(f"{self.label} of step {step} could not be logged everywhere: {error}", str(error))
-        if message := self._warning():
-            self._warn_once(f"{self.name}: {message}", "history")
+                self._warn_or_raise(
+                    f"{self.label} of step {loop.step} could not be logged everywhere: {error}", error
+                )
+        if message := self.alarm():
+            self.warn_once(f"{self.name}: {message}", "history")
 
-    def _show_monitored(self, trainer: pl.Trainer) -> None:
-        """Let checkpoints, early stopping and plateau schedulers see the last point."""
-        for name, value in self._last_monitored.items():
-            trainer.callback_metrics[name] = torch.tensor(value, device=trainer.strategy.root_device)
+    def _draw(self, loop: Loop, result: Any) -> None:
+        if loop.first and (drawn := self.draw(result, loop.step)) is not None:
+            loop.log_media(self.name, *drawn)
 
-    def _warn_once(self, message: str, cause: str) -> None:
+    def _warn_or_raise(self, message: str, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        self.warn_once(message, str(error))
+
+    def warn_once(self, message: str, cause: str) -> None:
+        """Warn on the first rank, once for each ``cause``."""
         if cause not in self._warned:
             self._warned.add(cause)
             rank_zero_warn(message)
+
+    # Lightning's hooks
+
+    @property
+    def state_key(self) -> str:
+        """Two callbacks of different names keep their own state in a checkpoint."""
+        return self._generate_state_key(name=self.name)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Come before callbacks that put averaged weights in the place of the trained ones."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        averaging = [c for c in callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+        if averaging and callbacks.index(averaging[0]) < callbacks.index(self):
+            others = [c for c in callbacks if c is not self]  # a new list: Lightning is in the middle of this one
+            others.insert(others.index(averaging[0]), self)
+            trainer.callbacks = others  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """:meth:`begin`."""
+        check_data_parallel(trainer, type(self).__name__)
+        self.begin(LightningLoop(trainer, pl_module))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """:meth:`start`."""
+        self.start(LightningLoop(trainer, pl_module))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """:meth:`after_step`, once after each optimizer step (micro-batches of an accumulation share one)."""
+        counts = self.schedule.every_n_tokens is not None
+        self._tokens_of_step += tokens_of(batch) if counts else 0
+        if trainer.global_step == self._stepped:
+            return
+        loop = LightningLoop(trainer, pl_module)
+        tokens = self._tokens + loop.sum(self._tokens_of_step) if counts else None
+        self._tokens_of_step = 0
+        self.after_step(loop, tokens)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """:meth:`after_epoch`."""
+        self.after_epoch(LightningLoop(trainer, pl_module), trainer.current_epoch + 1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """:meth:`end`."""
+        self.end(LightningLoop(trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """The curve so far; plain numbers, loadable with ``weights_only``."""
         return {
             "version": _STATE_VERSION,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self.fingerprint,
             "last_step": self._last_step,
             "history": self.history,
-            "monitored": self._last_monitored,
+            "monitored": self.last_monitored,
             "tokens": self._tokens,
             "train_seconds": self.budget.trained,
             "probe_seconds": self.budget.evaluating,
@@ -261,7 +324,7 @@ class ProbingCallback(pl.Callback, ABC):
             )
         self._last_step = state_dict["last_step"]
         self.history = list(state_dict["history"])
-        self._last_monitored = dict(state_dict["monitored"])
+        self.last_monitored = dict(state_dict["monitored"])
         self._tokens = state_dict["tokens"]
         self.budget.restore(state_dict["train_seconds"], state_dict["probe_seconds"])
         self._restored_fingerprint = state_dict["fingerprint"]

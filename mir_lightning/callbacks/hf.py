@@ -1,251 +1,212 @@
 """``MIRTrainerCallback``: MIR curves from the Hugging Face Trainer, and trainers built on it (TRL's)."""
 
+# ruff: noqa: D102  (what a loop does is said once, in its base; hooks are transformers')
+
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Sequence
+import gc
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mir_lightning.callbacks import reporting
-from mir_lightning.callbacks.budget import Budget
-from mir_lightning.callbacks.probing import OnError
-from mir_lightning.callbacks.schedule import Schedule
-from mir_lightning.functional.checks import check_choice
-from mir_lightning.functional.mir import Variant
-from mir_lightning.probing.batches import check_probe
-from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
-from mir_lightning.probing.probe import Probe, ProbeLike
-from mir_lightning.vlm import TextPositions, find_vlm
+from mir_lightning.callbacks import loggers
+from mir_lightning.callbacks.base import ProbingCallback
+from mir_lightning.callbacks.loops import Loop, Table
+from mir_lightning.callbacks.mir import MIRCallback
+from mir_lightning.probing.network import Forward
+from mir_lightning.probing.probe import ProbeLike
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 
-class MIRTrainerCallback(TrainerCallback):
-    """Evaluate the Modality Integration Rate of the model that a Hugging Face ``Trainer`` trains.
+class TrainerLoop(Loop):
+    """A Hugging Face Trainer's."""
 
-    The same numbers under the same names as :class:`~mir_lightning.MIRCallback`, through ``trainer.log``: they
-    reach every integration in ``report_to`` (W&B shows them as ``train/mir`` and so on) and
-    ``state.log_history``, which is also where a resumed run finds its curve. Pictures lie in
-    ``<output_dir>/<name>_media/``, and go to W&B where a run is open. The training run is the same with and
-    without the callback.
+    def __init__(self, trainer: Trainer) -> None:
+        assert trainer.model is not None
+        self.trainer = trainer
+        self.module = trainer.model
+        self.step = trainer.state.global_step
+        self.ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.first = trainer.is_world_process_zero()
+        self.shows_bars = self.first and not trainer.args.disable_tqdm
+
+    def from_first(self, value: T) -> T:
+        shared = [value]
+        if self.ranks > 1:
+            dist.broadcast_object_list(shared, src=0)
+        return shared[0]
+
+    def all_agree(self, agrees: bool) -> bool:
+        votes = [agrees]
+        if self.ranks > 1:
+            votes = [agrees] * self.ranks
+            dist.all_gather_object(votes, agrees)
+        return all(votes)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        return self.trainer.accelerator.autocast()
+
+    def forward_of(self, vlm: nn.Module) -> Forward | None:
+        sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
+        return self.trainer.model_wrapped if sharded else None
+
+    def monitor(self, values: Mapping[str, float]) -> None:
+        """Seen in :meth:`ProbingTrainerCallback.on_evaluate`, which is where the trainer looks for the best."""
+
+    def describe(self, name: str, settings: dict[str, Any], best: str) -> None:
+        """Integrations keep the TrainingArguments, and no more."""
+
+    def log(self, values: dict[str, float]) -> None:
+        row_is_due = self.trainer.control.should_log
+        # Not the trainer's own ``log``: TRL's merges its running figures into any row, and clears them.
+        Trainer.log(self.trainer, dict(values))
+        self.trainer.control.should_log = row_is_due  # logging took it for the trainer's own row
+
+    def log_media(self, name: str, figures: Mapping[str, Figure], table: Table) -> None:
+        loggers.save_figures(Path(self.trainer.args.output_dir or ".") / f"{name}_media", figures)
+        if "wandb" in (self.trainer.args.report_to or ()):
+            import wandb
+
+            if wandb.run is not None:
+                media = {f"{name}_media/{key}": wandb.Image(figure) for key, figure in figures.items()}
+                wandb.log({**media, "train/global_step": self.step})
+
+
+class ProbingTrainerCallback(TrainerCallback):
+    """Any probing callback in a Hugging Face ``Trainer``.
+
+    The same numbers under the same names as in Lightning, through ``Trainer.log``: they reach every integration in
+    ``report_to`` (W&B shows them as ``train/mir`` and so on) and ``state.log_history``, which is also where a
+    resumed run finds its curve. Pictures lie in ``<output_dir>/<name>_media/``, and go to W&B where a run is open.
+    The training run is the same with and without the callback.
+
+    ``metric_for_best_model="mir"`` with ``greater_is_better=False`` keeps the best model by what is monitored; a
+    point is then taken at each of the trainer's own evaluations. With ``load_best_model_at_end`` the last point is
+    of the last step's weights. Where an epoch's evaluation stops the run early, that point cannot be taken any
+    more.
 
     Args:
-        trainer: the trainer, which the callback is then added to: ``trainer.add_callback(callback)``.
-        probe: as for :class:`~mir_lightning.MIRCallback`, and so are all options below.
-        every_n_steps: optimizer steps between evaluations; ``None`` for none.
-        at_start: evaluate before the first step.
-        at_end: evaluate after the last step.
-        variant: of ``mir``: ``"paper"``, ``"robust"``, ``"official"`` or ``"official-fast"``.
-        text: which positions count as text: ``"after_vision"`` or ``"all"``.
-        model: dotted path of the Hugging Face model inside the trainer's; found by itself when None.
-        name: prefix of everything logged.
-        on_error: ``"warn"`` reports a failed evaluation and training goes on; ``"raise"`` stops.
-        at_steps: also evaluate after these optimizer steps.
-        growth: also evaluate after geometrically spaced steps.
-        every_n_epochs: also evaluate at the end of every so many epochs.
-        every_n_tokens: also evaluate whenever so many more tokens have been trained on; needs
-            ``include_num_input_tokens_seen`` in the training arguments.
-        max_overhead: largest share of the training time that evaluations may take.
-        strict_probe: raise, instead of warning, when a run resumes with a probe of other contents.
-        picture_layer: decoder layer, counted from 1, whose tokens are drawn; the middle one when None.
-        layers: dotted path of the decoder layers inside the model; found by a rule when None.
-        image_token_id: placeholder of vision tokens; that of the model's config when None.
-        check: see that the vision mask is right, at the first evaluation in which pixels reach the decoder.
+        probing: what to evaluate and when; see there.
+        trainer: the trainer that the callback is added to; found by itself when training starts.
 
     Raises:
-        ValueError: for an unknown option or an interval below 1; when training starts, for a probe or a model
-            that does not fit, or tokens that are not counted.
+        ValueError: when training starts, as ``probing`` says, for tokens that are not counted, or for
+            ``greater_is_better`` the wrong way round.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        probe: ProbeLike,
-        every_n_steps: int | None = 500,
-        at_start: bool = True,
-        at_end: bool = True,
-        variant: Variant = "paper",
-        text: TextPositions = "after_vision",
-        model: str | None = None,
-        name: str = "mir",
-        on_error: OnError = "warn",
-        at_steps: Sequence[int] = (),
-        growth: float | None = None,
-        every_n_epochs: int | None = None,
-        every_n_tokens: int | None = None,
-        max_overhead: float | None = None,
-        strict_probe: bool = False,
-        picture_layer: int | None = None,
-        layers: str | None = None,
-        image_token_id: int | None = None,
-        check: bool = True,
-    ) -> None:
-        if not isinstance(trainer, Trainer):
+    def __init__(self, probing: ProbingCallback, trainer: Trainer | None = None) -> None:
+        if trainer is not None and not isinstance(trainer, Trainer):
             raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}.")
-        check_choice("variant", variant, Variant)
-        check_choice("text", text, TextPositions)
-        check_choice("on_error", on_error, OnError)
-        self.schedule = Schedule(every_n_steps, tuple(at_steps), growth, every_n_epochs, every_n_tokens)
-        self.budget = Budget(max_overhead)
+        self.probing = probing
         self.trainer = trainer
-        self.probe = probe
-        self.at_start = at_start
-        self.at_end = at_end
-        self.variant = variant
-        self.text = text
-        self.model = model
-        self.name = name
-        self.on_error = on_error
-        self.strict_probe = strict_probe
-        self.picture_layer = picture_layer
-        self.layers = layers
-        self.image_token_id = image_token_id
-        self.check = check
-        self._vlm: PreTrainedModel | None = None
-        self._last_step: int | None = None
-        self._tokens = 0
+        self._epochs = 0
+        self._selects = False
 
-    @property
-    def _output_dir(self) -> Path:
-        return Path(self.trainer.args.output_dir or ".")
+    def _loop(self) -> TrainerLoop:
+        if self.trainer is None:
+            # transformers tells its callbacks everything but whose they are.
+            trainers = (found for found in gc.get_objects() if issubclass(type(found), Trainer))
+            self.trainer = next(t for t in trainers if self in t.callback_handler.callbacks)
+        return TrainerLoop(self.trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the model and check the probe; step 0, or a point that an interrupted run did not reach."""
-        if self.schedule.every_n_tokens is not None and args.include_num_input_tokens_seen in (False, "no"):
+        counts = self.probing.schedule.every_n_tokens is not None
+        if counts and args.include_num_input_tokens_seen in (False, "no"):
             raise ValueError("every_n_tokens needs include_num_input_tokens_seen=True in the TrainingArguments.")
-        assert self.trainer.model is not None
-        self._vlm = find_vlm(self.trainer.model, self.model)
-        self.probe = Probe.of(self.probe)
-        check_probe(self._vlm, self.probe, self.text, self.layers, self.image_token_id)
-        self._check_fingerprint(self._output_dir, state)
-        self._tokens = int(state.num_input_tokens_seen)
-        self._last_step = max((point["step"] for point in self._history(state)), default=None)
-        self.budget.start()
-        step = state.global_step
-        if (self.at_start and step == 0) or (step and self.schedule.due_at_step(step)):
-            self._evaluate(state)
-
-    def _check_fingerprint(self, folder: Path, state: TrainerState) -> None:
-        """The probe's fingerprint lies in the output folder, for a resumed run to compare."""
-        assert isinstance(self.probe, Probe)
-        file = folder / f"{self.name}_probe.txt"
-        before = file.read_text().strip() if state.global_step and file.is_file() else None
-        if before is not None and before != self.probe.fingerprint:
-            message = (
-                f"probe: its fingerprint {self.probe.fingerprint[:12]} is not that of the interrupted run, "
-                f"{before[:12]}: the points of the {self.name} curve before and after are not comparable."
+        loop, probing, name = self._loop(), self.probing, self.probing.name
+        wanted = (args.metric_for_best_model or "").removeprefix("eval_")
+        self._selects = wanted == name or wanted.startswith(f"{name}_")
+        if self._selects and args.greater_is_better != (probing.best == "max"):
+            raise ValueError(
+                f"metric_for_best_model={wanted!r} is best at its {probing.best}imum: give the TrainingArguments "
+                f"greater_is_better={probing.best == 'max'}."
             )
-            if self.strict_probe:
-                raise ValueError(message)
-            logger.warning(message)
-        if self.trainer.is_world_process_zero():
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(self.probe.fingerprint + "\n")
+        self._come_first(loop.trainer)
+        self._epochs = int((state.epoch or 0.0) + 1e-6) if state.global_step else 0
+        history = [row for row in state.log_history if f"{name}_probe/seconds" in row]
+        file = Path(args.output_dir or ".") / f"{name}_probe.txt"
+        resumed = state.global_step and file.is_file()
+        probing.load_state_dict(
+            {
+                **probing.state_dict(),
+                "history": history,
+                "last_step": history[-1]["step"] if history else None,
+                "tokens": int(state.num_input_tokens_seen),
+                "fingerprint": file.read_text().strip() if resumed else None,
+            }
+        )
+        probing.begin(loop)
+        if loop.first:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"{probing.fingerprint}\n")
+        probing.start(loop)
+
+    def _come_first(self, trainer: Trainer) -> None:
+        """Before what looks for the monitored values at an evaluation, early stopping for one."""
+        handler = trainer.callback_handler
+        others = [callback for callback in handler.callbacks if callback is not self]
+        handler.callbacks = [self, *others]  # a new list: the handler is in the middle of this one
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate after an optimizer step that is due, or the last."""
-        before, self._tokens = self._tokens, int(state.num_input_tokens_seen)
-        due = self.schedule.due_at_step(state.global_step) or self.schedule.due_at_tokens(before, self._tokens)
-        last = self.at_end and state.global_step >= state.max_steps
-        if last or (due and self._affordable(state)):
-            self._evaluate(state)
+        loop = self._loop()
+        counts = self.probing.schedule.every_n_tokens is not None
+        self.probing.after_step(loop, int(state.num_input_tokens_seen) if counts else None)
+        if state.global_step >= state.max_steps:
+            self.probing.end(loop)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate at the end of an epoch that is due."""
-        if self.schedule.due_at_epoch(round(state.epoch or 0)) and self._affordable(state):
-            self._evaluate(state)
+        self._epochs += 1
+        self.probing.after_epoch(self._loop(), self._epochs)
+        if control.should_training_stop:
+            self.probing.end(self._loop())
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the monitored values among the trainer's own, where it looks for the best."""
+        if self._selects:
+            self.probing.evaluate(self._loop())
+        values = self.probing.last_monitored
+        kwargs.get("metrics", {}).update({f"eval_{name}": value for name, value in values.items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Evaluate the last step of a run that stopped early."""
-        if self.at_end:
-            self._evaluate(state)
-
-    def _affordable(self, state: TrainerState) -> bool:
-        """Whether one more evaluation keeps within ``max_overhead``; the first rank decides for all."""
-        history = self._history(state)
-        coming = history[-1]["seconds"] if history else 0.0
-        affordable = [self.budget.allows(coming)]
-        if _distributed():
-            dist.broadcast_object_list(affordable, src=0)
-        if not affordable[0]:
-            logger.info(self.budget.refusal(self.name, state.global_step, coming))
-        return affordable[0]
-
-    def _evaluate(self, state: TrainerState) -> None:
-        if state.global_step == self._last_step:
-            return
-        self._last_step = state.global_step
-        start = time.perf_counter()
-        try:
-            self._report(self._measure(), state)
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            logger.warning(f"MIR evaluation at step {state.global_step} failed, training goes on: {error}")
-        finally:
-            self.budget.evaluating += time.perf_counter() - start
-
-    def _measure(self) -> MIRResult:
-        trainer, probe = self.trainer, self.probe
-        assert self._vlm is not None
-        assert isinstance(probe, Probe)
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        result = evaluate_mir(
-            self._vlm,
-            probe,
-            self.variant,
-            self.text,
-            forward=trainer.model_wrapped if sharded else None,
-            sample_layer=self.picture_layer,
-            distributed=_distributed(),
-            layers=self.layers,
-            image_token_id=self.image_token_id,
-            check=self.check,
-        )
-        self.check &= not result.checked
-        return result
-
-    def _report(self, result: MIRResult, state: TrainerState) -> None:
-        values = reporting.scalars(result, self.name)
-        values[f"{self.name}_probe/seconds"] = result.seconds
-        values[f"{self.name}_probe/overhead"] = self.budget.share(result.seconds)
-        row_is_due = self.trainer.control.should_log
-        self.trainer.log(values)
-        self.trainer.control.should_log = row_is_due  # logging took it for the trainer's own row
-        history = self._history(state)
-        if message := reporting.collapse_warning(history):
-            logger.warning(f"{self.name}: {message}")
-        if self.trainer.is_world_process_zero():
-            figures = reporting.pictures(result, state.global_step, history)
-            reporting.save_pictures(self._output_dir / f"{self.name}_media", figures)
-            self._pictures_to_wandb(figures, state.global_step)
-
-    def _pictures_to_wandb(self, figures: dict[str, Any], step: int) -> None:
-        if "wandb" not in (self.trainer.args.report_to or ()):
-            return
-        import wandb
-
-        if wandb.run is not None:
-            images = {f"{self.name}_media/{key}": wandb.Image(figure) for key, figure in figures.items()}
-            wandb.log({**images, "train/global_step": step})
-
-    def _history(self, state: TrainerState) -> list[dict[str, Any]]:
-        """The curve so far, from what was logged; in a checkpoint with the trainer's state."""
-        return [reporting.logged_point(row, self.name) for row in state.log_history if self.name in row]
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            return  # the weights are those of an earlier step by now
+        self.probing.end(self._loop())
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class MIRTrainerCallback(ProbingTrainerCallback):
+    """Evaluate the Modality Integration Rate of the model that a Hugging Face ``Trainer`` trains.
+
+    Args:
+        trainer: the trainer that the callback is added to; may be left out, so that the callback can be made
+            before the trainer: ``Trainer(..., callbacks=[MIRTrainerCallback(probe)])``.
+        probe: and ``options``: as for :class:`~mir_lightning.MIRCallback`. ``every_n_tokens`` needs
+            ``include_num_input_tokens_seen`` in the training arguments.
+    """
+
+    def __init__(
+        self, trainer: Trainer | ProbeLike | None = None, probe: ProbeLike | None = None, **options: Any
+    ) -> None:
+        if probe is None:
+            trainer, probe = None, trainer
+        if probe is None or isinstance(probe, Trainer):
+            raise TypeError("probe is missing: MIRTrainerCallback(probe) or MIRTrainerCallback(trainer, probe).")
+        super().__init__(MIRCallback(probe, **options), trainer)  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""When a probe is due: steps, geometric steps, epochs, or tokens trained on."""
+"""When a probe is due, and whether one more evaluation is worth its time."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,3 +76,51 @@ def tokens_of(batch: Any) -> int:
                 return int(value.sum()) if key == "attention_mask" else value.numel()
     keys = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
     raise ValueError(f'every_n_tokens counts "attention_mask" or "input_ids" of training batches, got {keys}.')
+
+
+class Budget:
+    """Share of the training time that evaluations take, and whether one more fits.
+
+    Args:
+        max_overhead: largest share allowed, above 0 and up to 1; ``None`` for no limit.
+
+    Raises:
+        ValueError: for a ``max_overhead`` outside that range.
+    """
+
+    def __init__(self, max_overhead: float | None = None) -> None:
+        if max_overhead is not None and not 0 < max_overhead <= 1:
+            raise ValueError(f"max_overhead must lie above 0 and up to 1, got {max_overhead}.")
+        self.max_overhead = max_overhead
+        self.evaluating = 0.0
+        self._trained_before = 0.0
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Training begins, or goes on after a resume."""
+        self._trained_before, self._started = self.trained, time.monotonic()
+
+    @property
+    def trained(self) -> float:
+        """Seconds since training began, evaluations and earlier runs included."""
+        now = 0.0 if self._started is None else time.monotonic() - self._started
+        return self._trained_before + now
+
+    def restore(self, trained: float, evaluating: float) -> None:
+        """Continue the account of an interrupted run."""
+        self._trained_before, self.evaluating = trained, evaluating
+
+    def share(self, under_way: float, coming: float = 0.0) -> float:
+        """Share of the time, with seconds of an evaluation that is under way, or of one that would come on top."""
+        spent = self.evaluating + under_way + coming
+        return spent / max(self.trained + coming, spent, 1e-9)
+
+    def refusal(self, coming: float) -> str | None:
+        """Why one more evaluation of ``coming`` seconds would be too much; ``None`` where it would not."""
+        share = self.share(0.0, coming)
+        if self.max_overhead is None or share <= self.max_overhead:
+            return None
+        return (
+            f"with it, evaluations would have taken {share:.1%} of the training time, above "
+            f"max_overhead={self.max_overhead:.1%}"
+        )

@@ -3,59 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
+from torch import nn
 from transformers import PreTrainedModel
 
-from mir_lightning.callbacks import reporting
-from mir_lightning.callbacks.probing import OnError, ProbingCallback
-from mir_lightning.callbacks.schedule import Schedule
-from mir_lightning.callbacks.strategies import forward_through_strategy
+from mir_lightning.callbacks import figures
+from mir_lightning.callbacks.base import ProbingCallback
+from mir_lightning.callbacks.loops import Loop, Table
 from mir_lightning.functional.checks import check_at_least_one, check_choice
-from mir_lightning.probing.candidate_scores import Score
-from mir_lightning.probing.choice_probe import ChoiceProbe, ChoicesLike
-from mir_lightning.probing.choices import ChoiceResult, evaluate_choices
+from mir_lightning.probing.choices.evaluate import ChoiceResult, evaluate_choices
+from mir_lightning.probing.choices.probe import ChoiceProbe, made_of
+from mir_lightning.probing.choices.scores import Score
 from mir_lightning.vlm import find_vlm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LEVELS = ("", "_abilities/", "_tasks/", "_parts/")  # of the breakdown: no name is the folder of another
 
 
 class SDSCallback(ProbingCallback):
     """Evaluate the Soft Discrimination Score (RADAR, arXiv 2602.12892) of the model in training.
 
-    Nothing is asked of the LightningModule but that it holds a Hugging Face vision-language model. The run is
-    the same bit for bit with and without the callback. Logged to every logger of the Trainer: ``sds``,
-    ``sds/<ability>`` and ``sds/<ability>/<task>``, the accuracies ``acc``, ``acc/<ability>``, ..., the chance
-    levels ``sds_chance``, ``sds_chance/<ability>``, ..., ``sds_probe/seconds`` and ``sds_probe/overhead``; the
-    picture ``sds_media/abilities``. Scores, accuracies and chance levels are set in ``trainer.callback_metrics``
-    too, so that ``ModelCheckpoint(monitor="sds/perception", mode="max")`` works.
-
-    Distributed, each rank runs its share of the items, and all log and see the numbers of all of them. Give every
-    rank the same items.
+    Logged to every logger of the Trainer, and set in ``trainer.callback_metrics`` (so that
+    ``ModelCheckpoint(monitor="sds_abilities/perception", mode="max")`` works): ``sds``,
+    ``sds_abilities/<ability>``, ``sds_tasks/<ability>/<task>`` and ``sds_parts/<ability>/<task>/<part>``; the
+    accuracies ``sds_acc``, ``sds_acc_abilities/<ability>``, ..., and the chance levels ``sds_chance``, ... The
+    picture ``sds_media/abilities`` goes to the loggers.
 
     Args:
         items: a :class:`~mir_lightning.probing.ChoiceProbe`, or a zero-argument callable that makes one when the
             fit starts.
-        every_n_steps: optimizer steps between evaluations; ``None`` for none. The schedules below add to it.
-        at_start: evaluate before the first step.
-        at_end: evaluate after the last step, if that step was not evaluated yet.
+        every_n_steps: optimizer steps between evaluations; ``None`` for none.
         score: what a candidate's token counts: its raw ``"logit"`` or its ``"logprob"``.
         batch_size: candidates in a forward.
-        model: dotted path of the Hugging Face model inside the LightningModule; found by itself when None.
-        name: prefix of everything logged, but ``acc``, which is ``<name>_acc`` under another name; choose another
-            for a second set of items.
-        on_error: what a failed evaluation does once training runs: ``"warn"`` reports it with the step and
-            training goes on; ``"raise"`` stops. What can be checked at the start always raises.
-        at_steps: also evaluate after these optimizer steps.
-        growth: also evaluate after 1, 2, ... steps, each point about ``growth`` times the last.
-        every_n_epochs: also evaluate at the end of every so many training epochs.
-        every_n_tokens: also evaluate whenever so many more tokens have been trained on.
-        max_overhead: largest share of the training time that evaluations may take, start and end apart.
-        strict_probe: raise, instead of warning, when a run resumes with other items.
+        name: prefix of everything logged; choose another for a second set of items.
+        options: when, and what if it fails: of :class:`~mir_lightning.callbacks.base.ProbingCallback`.
 
     Raises:
-        ValueError: for an unknown option or an interval below 1; when the fit starts, for a module that does not
-            fit, ranks with different items, or tensor parallelism.
         TypeError: when the fit starts, for items of another kind.
     """
 
@@ -64,84 +51,67 @@ class SDSCallback(ProbingCallback):
 
     def __init__(
         self,
-        items: ChoicesLike,
+        items: ChoiceProbe | Callable[[], ChoiceProbe],
         every_n_steps: int | None = 500,
-        at_start: bool = True,
-        at_end: bool = True,
         score: Score = "logit",
         batch_size: int = 32,
-        model: str | None = None,
         name: str = "sds",
-        on_error: OnError = "warn",
-        at_steps: Sequence[int] = (),
-        growth: float | None = None,
-        every_n_epochs: int | None = None,
-        every_n_tokens: int | None = None,
-        max_overhead: float | None = None,
-        strict_probe: bool = False,
+        **options: Any,
     ) -> None:
         check_choice("score", score, Score)
         check_at_least_one(batch_size=batch_size)
-        schedule = Schedule(every_n_steps, tuple(at_steps), growth, every_n_epochs, every_n_tokens)
-        super().__init__(schedule, at_start, at_end, name, on_error, max_overhead, strict_probe)
+        super().__init__(every_n_steps, name=name, **options)
         self.items = items
-        self.score = score
+        self.score: Score = score
         self.batch_size = batch_size
-        self.model = model
         self._network: PreTrainedModel | None = None
 
-    def _prepare(self, pl_module: pl.LightningModule) -> tuple[str, dict[str, Any]]:
-        self._network = find_vlm(pl_module, self.model)
-        self.items = items = ChoiceProbe.of(self.items)
-        return items.fingerprint, {
-            "score": self.score,
-            "items_fingerprint": items.fingerprint,
-            "items": len(items),
-        }
+    def prepare(self, module: nn.Module) -> dict[str, Any]:
+        """Find the model and make the items."""
+        self._network = find_vlm(module, self.model)
+        self.items = items = made_of(ChoiceProbe, self.items)
+        return {"score": self.score, "items": len(items), "fingerprint": items.fingerprint}
 
-    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ChoiceResult:
-        network, items = self._network, self.items
-        assert network is not None
-        assert isinstance(items, ChoiceProbe)
-        with trainer.precision_plugin.forward_context():
+    def measure(self, loop: Loop) -> ChoiceResult:
+        """Ask the items."""
+        assert self._network is not None
+        assert isinstance(self.items, ChoiceProbe)
+        with loop.precision():
             return evaluate_choices(
-                network,
-                items,
+                self._network,
+                self.items,
                 self.score,
                 self.batch_size,
-                forward=forward_through_strategy(trainer, pl_module, network),
-                distributed=trainer.world_size > 1,
-                progress=self._bar_title(trainer),
+                forward=loop.forward_of(self._network),
+                distributed=loop.ranks > 1,
+                progress=self.bar_title(loop),
             )
 
-    def _values(self, result: ChoiceResult) -> dict[str, float]:
-        accuracy = "acc" if self.name == "sds" else f"{self.name}_acc"
+    def values(self, result: ChoiceResult) -> dict[str, float]:
+        """Scores, accuracies and chance levels of all items, each ability, task and part."""
         values = {}
         for path, found in result.breakdown.items():
-            below = f"/{path}" if path else ""
-            values[f"{self.name}{below}"] = found.sds
-            values[f"{accuracy}{below}"] = found.accuracy
-            values[f"{self.name}_chance{below}"] = found.chance
+            below = _LEVELS[len(path.split("/")) if path else 0] + path
+            for kind, value in (("", found.sds), ("_acc", found.accuracy), ("_chance", found.chance)):
+                values[f"{self.name}{kind}{below}"] = value
         return values
 
-    def _point(self, result: ChoiceResult, step: int) -> dict[str, Any]:
-        return {
-            "step": step,
-            "sds": result.sds,
-            "acc": result.accuracy,
-            "chance": result.chance,
-            "seconds": result.seconds,
-            "shared_prefix": result.shared_prefix,
-            "breakdown": {path: list(found[:3]) for path, found in result.breakdown.items() if path},
-        }
+    def remembered(self, result: ChoiceResult) -> dict[str, Any]:
+        """Whether candidates continued from a shared cache."""
+        return {"shared_prefix": result.shared_prefix}
 
-    def _draw(self, trainer: pl.Trainer, result: ChoiceResult) -> None:
-        if not trainer.is_global_zero:
-            return
-        abilities = [path for path in result.breakdown if path and "/" not in path]
-        gap = [math.nan] * 3  # in the curve of an ability that earlier items did not ask for
-        scores = {a: [point["breakdown"].get(a, gap)[::2] for point in self.history] for a in abilities}
-        figures = {"abilities": reporting.ability_figure([point["step"] for point in self.history], scores)}
-        rows = [[trainer.global_step, path or "all", *found] for path, found in result.breakdown.items()]
+    def draw(self, result: ChoiceResult, step: int) -> tuple[dict[str, Figure], Table]:
+        """The abilities over all steps."""
+        steps = [point["step"] for point in self.history]
+        curves = {
+            ability: [
+                # A gap where earlier items did not ask for the ability.
+                [point.get(f"{self.name}{kind}_abilities/{ability}", math.nan) for kind in ("", "_chance")]
+                for point in self.history
+            ]
+            for ability in result.breakdown
+            if ability and "/" not in ability
+        }
+        rows = [[step, path or "all", *found] for path, found in result.breakdown.items()]
         table = ["step", "items", "sds", "accuracy", "chance", "number"], rows
-        reporting.log_figures(trainer, self.name, figures, table)
+        return {"abilities": figures.ability_figure(steps, curves)}, table

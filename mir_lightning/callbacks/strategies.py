@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from mir_lightning.probing.run import Forward
+from mir_lightning.probing.network import Forward
 
 _SHARDED = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 

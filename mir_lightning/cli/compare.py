@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mir_lightning.callbacks import reporting
+from mir_lightning.callbacks import figures
 from mir_lightning.cli.evaluate import add_metric_options, evaluate_source, layer_bars
 from mir_lightning.cli.models import add_model_options
 from mir_lightning.cli.probe import Parsers, add_probe_options
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
         with options.csv.open("w", newline="") as file:
             csv.writer(file).writerows([_COLUMNS, *(_row(n, r) for n, r in zip(names, records, strict=True))])
     if options.plot:
-        figure = reporting.layer_comparison_figure(
+        figure = figures.layer_comparison_figure(
             {f"{name} (MIR {r['mir']:.3f})": r["layers"] for name, r in zip(names, records, strict=True)}
         )
         figure.savefig(options.plot)

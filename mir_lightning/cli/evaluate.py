@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from mir_lightning.callbacks import reporting
+from mir_lightning.callbacks import figures
 from mir_lightning.cli.models import add_model_options, load_model, load_processor
 from mir_lightning.cli.probe import Parsers, add_probe_options, choose_pairs, load_probe, make_probe, source_of
 from mir_lightning.functional.mir import Variant
@@ -105,14 +105,12 @@ def _run(options: argparse.Namespace) -> None:
     print(summary(record))
     if options.json:
         options.json.write_text(json.dumps(record, indent=1))
-    columns, rows = reporting.layer_table(record)
+    columns, rows = figures.layer_table(record)
     if options.csv:
         with options.csv.open("w", newline="") as file:
             csv.writer(file).writerows([columns, *rows])
     if options.plot:
-        reporting.layer_figure(record, f"{Path(options.model).name}: MIR {record['mir']:.3f}").savefig(
-            options.plot
-        )
+        figures.layer_figure(record, f"{Path(options.model).name}: MIR {record['mir']:.3f}").savefig(options.plot)
 
 
 def summary(record: dict[str, Any]) -> str:

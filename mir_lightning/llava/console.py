@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from mir_lightning.callbacks.loggers import picture_folder
 from mir_lightning.callbacks.mir import MIRCallback
-from mir_lightning.callbacks.reporting import picture_folder
 
 
 class MIRProgressBar(TQDMProgressBar):
@@ -41,7 +41,10 @@ def history_table(history: Iterable[Mapping[str, Any]]) -> str:
     """The curve as text: step, held-out loss, perplexity, MIR, and MIR by the robust rule."""
     lines = [f"{'step':>8} {'held-out loss':>14} {'perplexity':>11} {'MIR':>7} {'robust':>7}"]
     for point in history:
-        loss, perplexity = ("-" if point[key] is None else f"{point[key]:.3f}" for key in ("loss", "perplexity"))
+        loss, perplexity = (
+            "-" if point.get(key) is None else f"{point[key]:.3f}"
+            for key in ("mir_probe/loss", "mir_probe/perplexity")
+        )
         lines.append(
             f"{point['step']:>8} {loss:>14} {perplexity:>11} {point['mir']:>7.3f} {point['mir_robust']:>7.3f}"
         )

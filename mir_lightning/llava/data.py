@@ -26,11 +26,11 @@ from mir_lightning.llava.prompts import IMAGE, ChatPrompt, PlainPrompt
 from mir_lightning.llava.questions import shapes_choices, shapes_few_shot
 from mir_lightning.llava.sampling import EpochBatches
 from mir_lightning.llava.throughput import TimedLoader
-from mir_lightning.probing.choice_items import ChoiceItem, load_choice_items
-from mir_lightning.probing.choice_probe import ChoiceProbe
-from mir_lightning.probing.few_shot import FewShotProbe
+from mir_lightning.probing.choices.few_shot import FewShotProbe
+from mir_lightning.probing.choices.items import ChoiceItem, load_choice_items
+from mir_lightning.probing.choices.m3_bench import load_m3_bench
+from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.images import UnreadableImageError
-from mir_lightning.probing.m3_bench import load_m3_bench
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
 

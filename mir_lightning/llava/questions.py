@@ -24,8 +24,8 @@ from mir_lightning.llava.shapes import (
     paint,
     random_thing,
 )
-from mir_lightning.probing.choice_items import ChoiceItem
-from mir_lightning.probing.few_shot import CAPTION_PROMPT, QUESTION_PROMPT
+from mir_lightning.probing.choices.few_shot import CAPTION_PROMPT, QUESTION_PROMPT
+from mir_lightning.probing.choices.items import ChoiceItem
 
 Draw = Callable[[str], Image.Image]  # by seed
 Group = tuple[str, dict[str, Draw]]  # a question, and for each answer a picture that makes it the right one
@@ -56,7 +56,7 @@ def shapes_choices(per_task: int = 300, seed: int = 0) -> list[ChoiceItem]:
 
 
 def shapes_few_shot(per_task: int = 60, seed: int = 0) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
-    """Captions and short answers under MM1's prompts, for :class:`~mir_lightning.probing.few_shot.FewShotProbe`.
+    """Captions and short answers under MM1's prompts, for :class:`~mir_lightning.probing.FewShotProbe`.
 
     The first list is to be answered, the second holds examples. Captions to write are of the held-out split, those
     shown of the training split. Questions are those of :func:`shapes_choices`, shown ones with another seed.

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from mir_lightning.callbacks.probing import ProbingCallback
+from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.llava.restart import LAST, begin_run, between_steps, checkpoint_folder
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -64,7 +64,11 @@ class Preemption(pl.Callback):
         """What the run is doing, since when, and how long it took the last time."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ProbingCallback) and (since := callback.evaluating_since) is not None:
-                last = f", the last took {callback.history[-1]['seconds']:.0f} s" if callback.history else ""
+                last = (
+                    f", the last took {callback.history[-1][f'{callback.name}_probe/seconds']:.0f} s"
+                    if callback.history
+                    else ""
+                )
                 running = time.monotonic() - since
                 return (
                     f"the {callback.name} evaluation of step {trainer.global_step} ({running:.0f} s so far{last})"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from mir_lightning.callbacks.probing import ProbingCallback
+from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.llava.restart import between_steps
 from mir_lightning.llava.schedule import Part, parameters_of
 

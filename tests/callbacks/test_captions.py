@@ -7,18 +7,17 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from PIL import Image
 
 from mir_lightning.callbacks.captions import CaptionCallback
-from mir_lightning.callbacks.reporting import caption_figure
-from mir_lightning.probing.few_shot import FewShotProbe, evaluate_few_shot
-from tests.callbacks.test_discrimination import Captioning, _assert_same_run
-from tests.probing.test_few_shot import _items
+from mir_lightning.callbacks.figures import caption_figure
+from mir_lightning.probing.choices.few_shot import FewShotProbe, evaluate_few_shot
+from tests.items import open_items
 from tests.processors import build
-from tests.training import fit
+from tests.training import Captioning, assert_same_run, fit
 from tests.wandb_offline import read_offline_run
 
 
 @pytest.fixture
 def items():
-    return [replace(item, distractors=()) for item in _items(2)]
+    return [replace(item, distractors=()) for item in open_items(2)]
 
 
 def test_writes_what_the_model_says_and_leaves_the_run_as_it_is(tmp_path, items):
@@ -29,7 +28,7 @@ def test_writes_what_the_model_says_and_leaves_the_run_as_it_is(tmp_path, items)
     trainer, module = fit(
         tmp_path / "seen", [callback], Captioning(), logger=[CSVLogger(tmp_path / "seen", "csv"), wandb]
     )
-    _assert_same_run(plain, (trainer, module))
+    assert_same_run(plain, (trainer, module))
     assert [point["step"] for point in callback.history] == [0, 4, 6]
     said = evaluate_few_shot(module.vlm, probe, 3).answers[0]
     assert callback.history[-1]["captions"] == said

@@ -1,19 +1,17 @@
 """Two gloo processes: the number of the whole probe, on every rank, under DDP and FSDP2."""
 
-import os
 import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from mir_lightning import MIRCallback, Probe, evaluate_mir
 from tests.distributed import run_on_ranks
 from tests.models import tiny_batch, tiny_llava
-from tests.training import Pretraining
+from tests.training import Pretraining, strategy_of, trainer_of
 
 
 class Sharded(Pretraining):
@@ -45,53 +43,6 @@ class ShardedHolder(Pretraining):
         fully_shard(self.vlm, mesh=self.device_mesh["data_parallel"])
 
 
-class Environment(LightningEnvironment):
-    """Processes that the test has started."""
-
-    def __init__(self, rank, world, port):
-        super().__init__()
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
-        self._rank, self._world = rank, world
-
-    creates_processes_externally = True
-
-    def world_size(self):
-        return self._world
-
-    def global_rank(self):
-        return self._rank
-
-    def set_world_size(self, size):
-        pass
-
-    def set_global_rank(self, rank):
-        pass
-
-
-def _strategy(kind, world):
-    if kind == "ddp":
-        return DDPStrategy(find_unused_parameters=True)
-    return ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
-
-
-def _trainer(rank, world, strategy, callback, folder, **options):
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=strategy,
-        plugins=[Environment(rank, world, 0)],
-        callbacks=[callback],
-        max_steps=4,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        **options,
-    )
-
-
 def _batches(count):
     """Batches of different sizes."""
     return [tiny_batch(seed=100 + s, batch=2 + s % 3) for s in range(count)]
@@ -100,13 +51,13 @@ def _batches(count):
 def _train(rank, world, kind, batches, folder, precision="32-true"):
     pl.seed_everything(0, verbose=False)
     module = {"ddp": Pretraining, "fsdp2": Sharded, "fsdp2 around": ShardedHolder}[kind]()
-    strategy = _strategy(kind, world)
+    strategy = strategy_of(kind, world)
     callback = MIRCallback(Probe(_batches(batches)), every_n_steps=2, on_error="raise")
-    trainer = _trainer(rank, world, strategy, callback, folder, precision=precision)
+    trainer = trainer_of(rank, world, strategy, callback, folder, precision=precision)
     start = tiny_llava(dropout=0.1).eval() if precision == "32-true" else None
     trainer.fit(module)
     return {
-        "history": [(point["step"], point["mir"], point["loss"]) for point in callback.history],
+        "history": [(point["step"], point["mir"], point["mir_probe/loss"]) for point in callback.history],
         "metric": trainer.callback_metrics["mir"].item(),
         "start": start and evaluate_mir(start, Probe(_batches(batches))).mir,
     }
@@ -137,9 +88,9 @@ def test_ranks_see_the_number_of_the_whole_probe(tmp_path, kind, batches, precis
 def _plain(rank, world, kind, folder, seen):
     pl.seed_everything(0, verbose=False)
     module = {"ddp": Pretraining, "fsdp2": Sharded, "fsdp2 around": ShardedHolder}[kind]()
-    strategy = _strategy(kind, world)
+    strategy = strategy_of(kind, world)
     callback = MIRCallback(Probe(_batches(3)), every_n_steps=2, on_error="raise") if seen else pl.Callback()
-    _trainer(rank, world, strategy, callback, folder).fit(module)
+    trainer_of(rank, world, strategy, callback, folder).fit(module)
     full = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters())
     return [p.detach().clone() for p in full], torch.get_rng_state()
 
@@ -158,11 +109,11 @@ def _one_bad_rank(rank, world, folder, kind):
     batches = _batches(2)
     batches[1]["pixel_values"][:] = torch.nan
     module = {"ddp": Pretraining, "fsdp2": Sharded, "fsdp2 around": ShardedHolder}[kind]()
-    strategy = _strategy(kind, world)
+    strategy = strategy_of(kind, world)
     callback = MIRCallback(Probe(batches), every_n_steps=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = _trainer(rank, world, strategy, callback, folder)
+        trainer = trainer_of(rank, world, strategy, callback, folder)
         trainer.fit(module)
     failures = [str(w.message) for w in caught if "MIR evaluation at step" in str(w.message)]
     return trainer.global_step, len(callback.history), failures
@@ -179,7 +130,7 @@ def test_a_bad_batch_on_one_rank_is_skipped_by_all_and_told_once(tmp_path, kind)
 def _different_probes(rank, world, folder):
     callback = MIRCallback(Probe([tiny_batch(seed=rank)]))
     with pytest.raises(ValueError, match="the ranks hold probes of different contents"):
-        _trainer(rank, world, _strategy("ddp", world), callback, folder).fit(Pretraining())
+        trainer_of(rank, world, strategy_of("ddp", world), callback, folder).fit(Pretraining())
     return True
 
 
@@ -191,7 +142,7 @@ def _tensor_parallel(rank, world, folder):
     callback = MIRCallback(Probe(_batches(2)))
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=world)
     with pytest.raises(ValueError, match="does not support tensor parallelism: 2 ranks hold 1 data-parallel"):
-        _trainer(rank, world, strategy, callback, folder).fit(TensorParallel())
+        trainer_of(rank, world, strategy, callback, folder).fit(TensorParallel())
     return True
 
 

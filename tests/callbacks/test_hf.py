@@ -79,7 +79,7 @@ def test_resume_neither_repeats_nor_loses_a_point(tmp_path, probe):
     assert list(_points(resumed)) == list(_points(whole)) == [0, 2, 4, 6]
     assert _points(resumed)[2] == _points(whole)[2]
     other = Probe([tiny_batch(seed=5)])
-    with pytest.raises(ValueError, match="is not that of the interrupted run"):
+    with pytest.raises(ValueError, match="is not that of the checkpoint"):
         _train(tmp_path / "whole", other, resume=str(tmp_path / "whole" / "checkpoint-3"), strict_probe=True)
 
 
@@ -98,17 +98,17 @@ def test_schedules(tmp_path, probe):
     assert list(_points(rare)) == [0, 6]
 
 
-def test_a_failed_evaluation_is_reported_and_training_goes_on(tmp_path, probe, caplog):
+def test_a_failed_evaluation_is_reported_and_training_goes_on(tmp_path, probe):
     model = tiny_llava()
 
     def break_evaluation(module, inputs, output):
         return output * torch.nan if not module.training else output
 
     model.model.language_model.layers[1].register_forward_hook(break_evaluation)
-    trainer = _train(tmp_path, probe, model=model)
+    with pytest.warns(UserWarning, match="MIR evaluation at step 0 failed, training goes on"):
+        trainer = _train(tmp_path, probe, model=model)
     assert trainer.state.global_step == STEPS
     assert not _points(trainer)
-    assert "MIR evaluation at step 0 failed, training goes on" in caplog.text
     with pytest.raises(ValueError, match="hold NaN"):
         _train(tmp_path, probe, model=model, on_error="raise")
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from mir_lightning import MIRCallback, Probe, evaluate_mir
 from mir_lightning.functional import modality_integration_rate
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
-from tests.training import Pretraining, fit
+from tests.training import Pretraining, fit, logged_rows
 from tests.wandb_offline import read_offline_run
 
 
@@ -22,17 +22,12 @@ def probe():
     return Probe([tiny_batch(seed=100 + s) for s in range(2)])
 
 
-def _rows(trainer):
-    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_fires_at_start_every_n_optimizer_steps_and_at_the_end_once_each(tmp_path, probe, accumulate):
     callback = MIRCallback(probe, every_n_steps=2)
     trainer, _ = fit(tmp_path, [callback], max_steps=5, accumulate_grad_batches=accumulate)
     assert [point["step"] for point in callback.history] == [0, 2, 4, 5]
-    assert [int(row["step"]) for row in _rows(trainer) if row["mir"]] == [0, 2, 4, 5]
+    assert [int(row["step"]) for row in logged_rows(trainer) if row["mir"]] == [0, 2, 4, 5]
     quiet = MIRCallback(probe, every_n_steps=2, at_start=False, at_end=False)
     fit(tmp_path, [quiet], max_steps=5, accumulate_grad_batches=accumulate)
     assert [point["step"] for point in quiet.history] == [2, 4]
@@ -40,7 +35,7 @@ def test_fires_at_start_every_n_optimizer_steps_and_at_the_end_once_each(tmp_pat
 
 def test_logs_the_numbers_of_evaluate_mir_under_the_documented_names(tmp_path, probe):
     trainer, module = fit(tmp_path, [MIRCallback(probe, every_n_steps=4)])
-    last = [row for row in _rows(trainer) if row["mir"]][-1]
+    last = [row for row in logged_rows(trainer) if row["mir"]][-1]
     result = evaluate_mir(module.vlm, probe)
     assert float(last["mir"]) == pytest.approx(result.mir, rel=1e-6)
     assert trainer.callback_metrics["mir"].item() == pytest.approx(result.mir, rel=1e-6)
@@ -79,7 +74,7 @@ def test_every_logger_gets_what_it_can_show(tmp_path, probe):
     assert config["mir"] == {
         "variant": "paper",
         "text": "after_vision",
-        "probe_fingerprint": probe.fingerprint,
+        "fingerprint": probe.fingerprint,
         "probe_batches": 2,
     }
     rows = [row for row in history if "mir" in row]
@@ -105,7 +100,7 @@ def test_the_robust_value_can_be_monitored_and_equals_the_variants(tmp_path, pro
     trainer, _ = fit(tmp_path, [paper, robust, keeper], enable_checkpointing=True)
     best = min(point["mir_robust"] for point in paper.history[1:])
     assert float(keeper.best_model_score) == pytest.approx(best, rel=1e-6)
-    assert [point["mir_robust"] for point in paper.history] == [point["mir"] for point in robust.history]
+    assert [point["mir_robust"] for point in paper.history] == [point["other"] for point in robust.history]
     assert trainer.callback_metrics["other"] == trainer.callback_metrics["mir_robust"]
 
 
@@ -213,7 +208,7 @@ def test_resume_neither_repeats_nor_loses_a_point(tmp_path, probe):
     assert _resume(tmp_path, MIRCallback(probe, every_n_steps=2), tmp_path / "early.ckpt") == [0, 2, 4, 6, 8]
     state["version"] = 1
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match="the checkpoint's mir state has version 1, this one reads 3"):
+    with pytest.raises(ValueError, match="the checkpoint's mir state has version 1, this one reads 4"):
         _resume(tmp_path, MIRCallback(probe, every_n_steps=2), tmp_path / "old.ckpt")
 
 
@@ -273,7 +268,7 @@ def test_collapse_is_told_once(tmp_path, probe):
         fit(tmp_path, [Collapse(), callback], module)
     assert sum("collapse" in str(w.message) for w in caught) == 1
     assert callback.history[1]["mir"] < callback.history[0]["mir"]
-    assert callback.history[1]["vision_rank"] < callback.history[0]["vision_rank"] / 2
+    assert callback.history[1]["mir_rank/vision"] < callback.history[0]["mir_rank/vision"] / 2
 
 
 class WithItsOwnCallback(Pretraining):
@@ -283,7 +278,7 @@ class WithItsOwnCallback(Pretraining):
 
 def test_configure_callbacks(tmp_path):
     trainer, _ = fit(tmp_path, module=WithItsOwnCallback())
-    assert [int(row["step"]) for row in _rows(trainer) if row["mir"]] == [0, 3, 6]
+    assert [int(row["step"]) for row in logged_rows(trainer) if row["mir"]] == [0, 3, 6]
 
 
 class HandWritten(torch.nn.Module):
@@ -373,7 +368,7 @@ def test_pictures_that_cannot_be_written_warn_and_lose_no_number(tmp_path, probe
 def test_two_probes_keep_their_names_apart(tmp_path, probe):
     other = Probe([tiny_batch(seed=7)])
     trainer, _ = fit(tmp_path, [MIRCallback(probe, 3), MIRCallback(other, 3, name="docs")])
-    last = [row for row in _rows(trainer) if row["docs"]][-1]
+    last = [row for row in logged_rows(trainer) if row["docs"]][-1]
     assert last["docs_layers/layer_01"]
     assert (Path(trainer.logger.log_dir) / "docs_media" / "layers.png").exists()
     assert trainer.callback_metrics["docs"] != trainer.callback_metrics["mir"]

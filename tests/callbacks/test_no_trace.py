@@ -10,33 +10,14 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler
 
 from mir_lightning import MIRCallback, Probe
-from tests.callbacks.test_mir import _rows
 from tests.models import tiny_batch
-from tests.training import Pretraining, fit
+from tests.training import Manual, Pretraining, fit, logged_rows
 
 
 class Checkpointing(Pretraining):
     def __init__(self):
         super().__init__()
         self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-class Manual(Pretraining):
-    """Two optimizers: every batch is two optimizer steps to Lightning."""
-
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [
-            torch.optim.AdamW(part.parameters(), lr=1e-3)
-            for part in (self.vlm.model.language_model, self.vlm.model.multi_modal_projector)
-        ]
 
 
 class CompiledModel(Pretraining):
@@ -117,7 +98,7 @@ class Trouble(pl.Callback):
 def _run(folder, way, extra):
     module, options, callbacks = WAYS[way]
     torch._dynamo.reset()
-    trainer, module = fit(folder, [*callbacks(), *extra], module(), **options)
+    trainer, module = fit(folder, [*extra, *callbacks()], module(), **options)
     states = [optimizer.state_dict() for optimizer in trainer.optimizers]
     return {
         "weights": module.state_dict(),
@@ -128,7 +109,7 @@ def _run(folder, way, extra):
         "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
         "hooks": {n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in module.named_modules()},
         "autograd": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
-        "rows": [(r["step"], r["train/loss"]) for r in _rows(trainer) if r.get("train/loss")],
+        "rows": [(r["step"], r["train/loss"]) for r in logged_rows(trainer) if r.get("train/loss")],
         "steps": trainer.global_step,
     }
 

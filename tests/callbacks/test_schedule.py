@@ -8,7 +8,7 @@ from lightning.pytorch.tuner import Tuner
 from mir_lightning import MIRCallback, Probe
 from mir_lightning.callbacks.schedule import Schedule, tokens_of
 from tests.models import tiny_batch
-from tests.training import Pretraining, fit
+from tests.training import Manual, Pretraining, fit
 
 
 @pytest.fixture
@@ -72,8 +72,6 @@ def test_max_overhead_leaves_points_out_and_the_share_is_logged(tmp_path, probe,
 
 
 def test_two_optimizers_pass_over_a_point_and_it_is_taken(tmp_path, probe):
-    from tests.callbacks.test_no_trace import Manual
-
     callback = MIRCallback(probe, every_n_steps=3, at_start=False, at_end=False)
     fit(tmp_path, [callback], Manual(), max_steps=12)
     assert [point["step"] for point in callback.history] == [4, 6, 10, 12]

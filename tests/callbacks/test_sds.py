@@ -1,4 +1,3 @@
-import csv
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -8,44 +7,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
 
 from mir_lightning import MIRCallback, Probe, SDSCallback
 from mir_lightning.probing import ChoiceProbe, evaluate_choices
-from tests.callbacks.test_distributed import _strategy, _trainer
 from tests.distributed import run_on_ranks
-from tests.probing.test_choices import hard_items, picture
+from tests.items import hard_items
 from tests.processors import build
-from tests.training import Pretraining, fit
+from tests.training import Captioning, assert_same_run, caption_batches, fit, logged_rows, strategy_of, trainer_of
 from tests.wandb_offline import read_offline_run
-
-
-class Captioning(Pretraining):
-    """Tiny LLaVA with a real processor; draws random numbers in training."""
-
-    def __init__(self):
-        pl.LightningModule.__init__(self)
-        self.vlm, self.processor = build("llava", attention_dropout=0.1)
-        self.vlm.train()
-        self.vlm.model.vision_tower.eval()
-
-    def train_dataloader(self):
-        return DataLoader(_batches(self.processor), batch_size=None, shuffle=True)
-
-
-def _batches(processor):
-    captions = ("a red star", "a green cross", "two circles")
-    made = []
-    for seed in range(8):
-        inputs = processor(
-            images=[[picture(10 * seed + i)] for i in range(3)],
-            text=[f"<image>A photo of {caption}" for caption in captions],
-            padding=True,
-            return_tensors="pt",
-        )
-        hidden = (inputs["attention_mask"] == 0) | (inputs["input_ids"] == processor.image_token_id)
-        made.append({**inputs, "labels": inputs["input_ids"].masked_fill(hidden, -100)})
-    return made
 
 
 @pytest.fixture
@@ -53,22 +22,22 @@ def items():
     return ChoiceProbe(hard_items(), build("llava")[1])
 
 
-def _rows(trainer):
-    with (Path(trainer.logger.log_dir) / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_logs_the_numbers_of_evaluate_choices_under_the_documented_names(tmp_path, items):
     callback = SDSCallback(items, every_n_steps=4, score="logprob", batch_size=5)
     trainer, module = fit(tmp_path, [callback], Captioning())
-    rows = [row for row in _rows(trainer) if row["sds"]]
+    rows = [row for row in logged_rows(trainer) if row["sds"]]
     assert [int(row["step"]) for row in rows] == [point["step"] for point in callback.history] == [0, 4, 6]
     result = evaluate_choices(module.vlm, items, "logprob")
-    expected = {"sds": result.sds, "acc": result.accuracy, "sds_chance": result.chance}
+    expected = {"sds": result.sds, "sds_acc": result.accuracy, "sds_chance": result.chance}
     assert set(result.breakdown) == {"", "perception", "perception/colour", "reasoning", "reasoning/relation"}
     for path in ("perception", "perception/colour", "reasoning", "reasoning/relation"):
         found = result.breakdown[path]
-        expected |= {f"sds/{path}": found.sds, f"acc/{path}": found.accuracy, f"sds_chance/{path}": found.chance}
+        level = ("abilities", "tasks", "parts")[path.count("/")]
+        expected |= {
+            f"sds_{level}/{path}": found.sds,
+            f"sds_acc_{level}/{path}": found.accuracy,
+            f"sds_chance_{level}/{path}": found.chance,
+        }
     for name, value in expected.items():
         assert float(rows[-1][name]) == pytest.approx(value, abs=1e-6), name
         assert trainer.callback_metrics[name].item() == pytest.approx(value, abs=1e-6), name
@@ -90,14 +59,14 @@ def test_every_logger_gets_what_it_can_show(tmp_path, items):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(loggers[1].log_dir).Reload()
-    assert [scalar.step for scalar in events.Scalars("sds/perception")] == [0, 3, 6]
+    assert [scalar.step for scalar in events.Scalars("sds_abilities/perception")] == [0, 3, 6]
     assert len(events.Images("sds_media/abilities")) == 3
 
     history, media, config = read_offline_run(loggers[2])
-    assert config["sds"] == {"score": "logit", "items_fingerprint": items.fingerprint, "items": 7}
+    assert config["sds"] == {"score": "logit", "fingerprint": items.fingerprint, "items": 7}
     rows = [row for row in history if "sds" in row]
     assert [row["trainer/global_step"] for row in rows] == [0, 3, 6]
-    assert all("acc/reasoning/relation" in row for row in rows)
+    assert all("sds_acc_tasks/reasoning/relation" in row for row in rows)
     assert len(list((media / "images" / "sds_media").glob("abilities*.png"))) == 3
 
 
@@ -137,23 +106,12 @@ def test_checkpoints_are_kept_by_the_score_and_a_resume_continues_the_curve(tmp_
         assert resumed.history[:3] == callback.history
 
 
-def _assert_same_run(a, b):
-    (trainer, module), (other_trainer, other) = a, b
-    for (name, x), y in zip(module.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
-    assert [m.training for m in module.modules()] == [m.training for m in other.modules()]
-    losses = [
-        [(r["step"], r["train/loss"]) for r in _rows(t) if r["train/loss"]] for t in (trainer, other_trainer)
-    ]
-    assert losses[0] == losses[1]
-
-
 def test_the_run_is_the_same_bit_for_bit_and_beside_mir(tmp_path, items):
     plain = fit(tmp_path / "plain", [], Captioning())
     rng = torch.get_rng_state()
-    mir = MIRCallback(Probe(_batches(items.processor)[:2]), every_n_steps=3, on_error="raise")
+    mir = MIRCallback(Probe(caption_batches(items.processor)[:2]), every_n_steps=3, on_error="raise")
     sds = SDSCallback(lambda: items, every_n_steps=2, on_error="raise", model="vlm")
-    _assert_same_run(plain, fit(tmp_path / "seen", [mir, sds], Captioning()))
+    assert_same_run(plain, fit(tmp_path / "seen", [mir, sds], Captioning()))
     assert torch.equal(torch.get_rng_state(), rng)
     assert [point["step"] for point in sds.history] == [0, 2, 4, 6]
     assert sds.state_key != mir.state_key
@@ -173,7 +131,7 @@ def test_a_failed_evaluation_warns_once_and_training_goes_on_unchanged(tmp_path,
         seen = fit(tmp_path / "seen", [TroubleFromStep2(), callback], Captioning())
     assert sum("SDS evaluation" in str(w.message) for w in caught) == 1
     assert [point["step"] for point in callback.history] == [0]
-    _assert_same_run(plain, seen)
+    assert_same_run(plain, seen)
     with pytest.raises(ValueError, match="scores of item one hold NaN or inf"):
         fit(tmp_path, [TroubleFromStep2(), SDSCallback(items, every_n_steps=2, on_error="raise")], Captioning())
 
@@ -181,8 +139,8 @@ def test_a_failed_evaluation_warns_once_and_training_goes_on_unchanged(tmp_path,
 def test_two_sets_of_items_keep_their_names_apart(tmp_path, items):
     other = ChoiceProbe(hard_items()[:2], items.processor)
     trainer, _ = fit(tmp_path, [SDSCallback(items, 3), SDSCallback(other, 3, name="docs")], Captioning())
-    last = [row for row in _rows(trainer) if row["docs"]][-1]
-    assert last["docs_acc/perception"]
+    last = [row for row in logged_rows(trainer) if row["docs"]][-1]
+    assert last["docs_acc_abilities/perception"]
     assert last["docs_chance"]
     assert (Path(trainer.logger.log_dir) / "docs_media" / "abilities.png").exists()
 
@@ -216,11 +174,11 @@ def _train(rank, world, folder):
         items = ChoiceProbe(hard_items(), module.processor)
         start = evaluate_choices(module.vlm, items) if kind == "ddp" else None
         callback = SDSCallback(items, every_n_steps=2, batch_size=5, on_error="raise")
-        trainer = _trainer(rank, world, _strategy(kind, world), callback, folder)
+        trainer = trainer_of(rank, world, strategy_of(kind, world), callback, folder)
         trainer.fit(module)
-        history = [(point["step"], point["sds"], point["acc"]) for point in callback.history]
+        history = [(point["step"], point["sds"], point["sds_acc"]) for point in callback.history]
         assert all(point["shared_prefix"] for point in callback.history)
-        found.append((history, start and start.sds, trainer.callback_metrics["sds/reasoning"].item()))
+        found.append((history, start and start.sds, trainer.callback_metrics["sds_abilities/reasoning"].item()))
     return found
 
 

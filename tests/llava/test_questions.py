@@ -7,7 +7,7 @@ import torch
 from mir_lightning.llava.questions import shapes_choices, shapes_few_shot
 from mir_lightning.llava.shapes import COLOURS, RELATIONS, SIZES, draw_sample
 from mir_lightning.metrics import SoftDiscriminationScore
-from mir_lightning.probing.choice_items import check_items, open_image
+from mir_lightning.probing.choices.items import check_items, open_image
 
 CHANCE = {"colour": 6, "shape": 5, "size": 2, "count": 4, "relation": 4, "comparison": 2, "arithmetic": 3}
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mir_lightning.callbacks.probing import ProbingCallback
+from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.schedule import Schedule
 from mir_lightning.llava.signals import Preemption
 from tests.training import Pretraining, fit

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mir_lightning.callbacks.probing import ProbingCallback
+from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.schedule import Schedule
 from mir_lightning.llava.schedule import Part, Stage, freeze_all_but
 from mir_lightning.llava.throughput import Throughput, TimedLoader, training_flops
