@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -52,18 +53,19 @@ def find_vlm(module: nn.Module, path: str | None = None) -> PreTrainedModel:
         path: dotted path of the model inside ``module``; decides when there are several.
 
     Raises:
-        ValueError: if there is none, or several and no ``path``; or nothing is at ``path``.
+        ValueError: if there is none, or several and no ``path``; nothing is at ``path``; or PEFT's prompt learning
+            stands before the model.
     """
     if path is not None:
-        try:
-            module = module.get_submodule(path)
-        except AttributeError as error:
-            raise ValueError(f"model={path!r} names no submodule of {type(module).__name__}: {error}.") from error
+        module = module_at(module, "model", path)
     found = {model: name for name, model in _outermost_models(module)}
+    inside = {part for model in found for part in model.modules() if part is not model}
+    found = {model: name for model, name in found.items() if model not in inside}  # no second names of a part
     if not found:
         raise ValueError(
-            f"{type(module).__name__} holds no Hugging Face model (transformers.PreTrainedModel): "
-            'say where the model is with model="path.to.it".'
+            f"{type(module).__name__} holds no Hugging Face model (transformers.PreTrainedModel). Of another "
+            'model say where its decoder layers are, layers="path.to.the.ModuleList" and norm="path.to.the.norm", '
+            "or give hidden_states."
         )
     if len(found) > 1:
         raise ValueError(
@@ -73,10 +75,37 @@ def find_vlm(module: nn.Module, path: str | None = None) -> PreTrainedModel:
     return next(iter(found))
 
 
+def is_foreign(module: nn.Module, layers: str | None) -> bool:
+    """Whether ``layers`` is the path of a decoder inside ``module`` that none of its Hugging Face models holds."""
+    models = [model for _, model in _outermost_models(module)]
+    return layers is not None and not any(layers in dict(model.named_modules()) for model in models)
+
+
+def find_entrance(module: nn.Module, path: str | None = None) -> nn.Module:
+    """What training calls to run :func:`find_vlm`'s model: the PEFT model around it, or itself."""
+    vlm = find_vlm(module, path)
+    start = module if path is None else module_at(module, "model", path)
+    around = (part for part in start.modules() if isinstance(part, PeftModel))
+    return next((part for part in around if any(inner is vlm for inner in part.modules())), vlm)
+
+
+def module_at(module: nn.Module, option: str, path: str) -> nn.Module:
+    """The submodule at a dotted path; a ``ValueError`` that names the option if there is none."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"{option}={path!r} names no submodule of {type(module).__name__}: {error}.") from error
+
+
 def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
     if isinstance(module, PreTrainedModel):
         yield name, module
         return
+    if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{module.active_peft_config.peft_type.value} (PEFT's prompt learning) puts virtual tokens before "
+            "those of the probe, which are neither vision nor text: not supported. Adapters such as LoRA are."
+        )
     for child_name, child in module.named_children():
         yield from _outermost_models(child, f"{name}.{child_name}" if name else child_name)
 
@@ -94,21 +123,30 @@ def execution_device(model: nn.Module) -> torch.device:
     return parameter.device
 
 
-def find_decoder(model: PreTrainedModel, layers: str | None = None) -> Decoder:
-    """Decoder layers and final norm of a Hugging Face model.
+def find_decoder(model: nn.Module, layers: str | None = None, norm: str | None = None) -> Decoder:
+    """Decoder layers and final norm of a model.
 
-    ``get_decoder()`` until it settles, then the shallowest ``ModuleList`` as long as the text config says.
+    Of a Hugging Face model ``get_decoder()`` until it settles, then the shallowest ``ModuleList`` as long as the
+    text config says.
 
     Args:
-        model: the model.
+        model: the model; any module where ``layers`` is given.
         layers: dotted path of the ``ModuleList`` of decoder layers inside ``model``; always wins.
+        norm: dotted path of the final norm; found beside the layers when None.
 
     Raises:
         ValueError: for an encoder-decoder, for a decoder that sees images through cross-attention (its
             vision tokens never enter the sequence), or where no such list is found.
     """
-    _check_architecture(model)
-    owner, found = _list_at(model, layers) if layers is not None else _layer_list(model)
+    if isinstance(model, PreTrainedModel):
+        _check_architecture(model)
+    if layers is not None:
+        owner, found = _list_at(model, layers)
+    else:
+        assert isinstance(model, PreTrainedModel)
+        owner, found = _layer_list(model)
+    if norm is not None:
+        return Decoder(found, (module_at(model, "norm", norm),))
     norms = tuple(child for child in owner.children() if "norm" in type(child).__name__.lower())
     return Decoder(found, norms)
 
@@ -123,13 +161,10 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise ValueError(f"{type(model).__name__} sees images through cross-attention: {undefined}")
 
 
-def _list_at(model: PreTrainedModel, path: str) -> tuple[nn.Module, nn.ModuleList]:
+def _list_at(model: nn.Module, path: str) -> tuple[nn.Module, nn.ModuleList]:
     """The ``ModuleList`` at a dotted path, and the module that owns it."""
     owner, _, name = path.rpartition(".")
-    try:
-        found = model.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(f"layers={path!r} names no submodule of {type(model).__name__}: {error}.") from error
+    found = module_at(model, "layers", path)
     if not name or not isinstance(found, nn.ModuleList) or not len(found):
         raise ValueError(
             f"layers={path!r} must name the ModuleList of decoder layers, it is {type(found).__name__}."

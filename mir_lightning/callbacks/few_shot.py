@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.loops import Loop
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.probing.choices.few_shot import FewShotProbe, FewShotResult, evaluate_few_shot
 from mir_lightning.probing.choices.probe import made_of
-from mir_lightning.vlm import find_vlm
+from mir_lightning.vlm import find_entrance
 
 
 class FewShotCallback(ProbingCallback):
@@ -53,11 +52,11 @@ class FewShotCallback(ProbingCallback):
         self.items = items
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self._network: PreTrainedModel | None = None
+        self._network: nn.Module | None = None
 
     def prepare(self, module: nn.Module) -> dict[str, Any]:
         """Find the model and make the items."""
-        self._network = find_vlm(module, self.model)
+        self._network = find_entrance(module, self.model)
         self.items = items = made_of(FewShotProbe, self.items)
         return {"shots": list(items.probes), "fingerprint": items.fingerprint}
 

@@ -14,9 +14,9 @@ from mir_lightning.callbacks.loops import Loop, Table
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.mir import Variant
 from mir_lightning.probing.evaluate import MIRResult, UncheckedMaskWarning, evaluate_mir
-from mir_lightning.probing.network import HiddenStates, Network
+from mir_lightning.probing.network import HiddenStates, Network, ProbeWarning
 from mir_lightning.probing.probe import Probe, ProbeLike
-from mir_lightning.vlm import TextPositions, find_vlm
+from mir_lightning.vlm import TextPositions, find_entrance, is_foreign, module_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +46,8 @@ class MIRCallback(ProbingCallback):
         hidden_states: for models that are not Hugging Face's, see :func:`~mir_lightning.evaluate_mir`; called
             with the LightningModule (or what is at ``model``) and a batch.
         picture_layer: decoder layer, counted from 1, whose tokens are drawn; the middle one when None.
-        layers: dotted path of the decoder layers inside the Hugging Face model; found by a rule when None.
+        layers: dotted path of the decoder layers inside the model; found by a rule when None.
+        norm: dotted path of the final norm inside the model; found beside the layers when None.
         image_token_id: placeholder of vision tokens in ``input_ids``; that of the model's config when None.
         check: see that the vision mask is right, at the first evaluation in which pixels reach the decoder; see
             :func:`~mir_lightning.evaluate_mir`.
@@ -70,6 +71,7 @@ class MIRCallback(ProbingCallback):
         hidden_states: HiddenStates | None = None,
         picture_layer: int | None = None,
         layers: str | None = None,
+        norm: str | None = None,
         image_token_id: int | None = None,
         check: bool = True,
         **options: Any,
@@ -84,6 +86,7 @@ class MIRCallback(ProbingCallback):
         self.check = check and hidden_states is None
         self.hidden_states = hidden_states
         self.layers = layers
+        self.norm = norm
         self.image_token_id = image_token_id
         self._network: nn.Module | None = None
 
@@ -91,14 +94,16 @@ class MIRCallback(ProbingCallback):
     def _places(self) -> dict[str, Any]:
         return {
             "layers": self.layers,
+            "norm": self.norm,
             "image_token_id": self.image_token_id,
             "hidden_states": self.hidden_states,
         }
 
     def prepare(self, module: nn.Module) -> dict[str, Any]:
         """Find the model and check the probe."""
-        foreign = self.hidden_states is not None
-        self._network = module.get_submodule(self.model or "") if foreign else find_vlm(module, self.model)
+        inside = module_at(module, "model", self.model or "")
+        foreign = self.hidden_states is not None or is_foreign(inside, self.layers)
+        self._network = inside if foreign else find_entrance(module, self.model)
         self.probe = probe = Probe.of(self.probe)
         network = Network(self._network, **self._places)
         network.masks(probe, self.text)
@@ -114,6 +119,7 @@ class MIRCallback(ProbingCallback):
         assert isinstance(probe, Probe)
         with loop.precision(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UncheckedMaskWarning)  # a silent projector may speak later
+            warnings.simplefilter("ignore", ProbeWarning)  # said at the start
             result = evaluate_mir(
                 network,
                 probe,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.base import ProbingCallback
@@ -16,7 +15,7 @@ from mir_lightning.functional.checks import check_at_least_one, check_choice
 from mir_lightning.probing.choices.evaluate import ChoiceResult, evaluate_choices
 from mir_lightning.probing.choices.probe import ChoiceProbe, made_of
 from mir_lightning.probing.choices.scores import Score
-from mir_lightning.vlm import find_vlm
+from mir_lightning.vlm import find_entrance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,11 +63,11 @@ class SDSCallback(ProbingCallback):
         self.items = items
         self.score: Score = score
         self.batch_size = batch_size
-        self._network: PreTrainedModel | None = None
+        self._network: nn.Module | None = None
 
     def prepare(self, module: nn.Module) -> dict[str, Any]:
         """Find the model and make the items."""
-        self._network = find_vlm(module, self.model)
+        self._network = find_entrance(module, self.model)
         self.items = items = made_of(ChoiceProbe, self.items)
         return {"score": self.score, "items": len(items), "fingerprint": items.fingerprint}
 

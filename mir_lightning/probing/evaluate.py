@@ -98,6 +98,7 @@ def evaluate_mir(
     sample_layer: int | None = None,
     distributed: bool = False,
     layers: str | None = None,
+    norm: str | None = None,
     image_token_id: int | None = None,
     check: bool = False,
     progress: str | None = None,
@@ -111,7 +112,7 @@ def evaluate_mir(
     is the same.
 
     Args:
-        model: a Hugging Face vision-language model, or a module that holds one; any module with
+        model: a Hugging Face vision-language model, or a module that holds one; any module with ``layers`` or
             ``hidden_states``.
         probe: the batches to run; they are moved to the model's device.
         variant: ``"paper"``, ``"robust"``, ``"official"`` or ``"official-fast"``; see
@@ -125,8 +126,10 @@ def evaluate_mir(
         sample_layer: layer, counted from 1, whose tokens are sampled; the middle one when None.
         distributed: whether the ranks of the default process group each run their share of the batches. The
             result is that of all of them, on every rank, and so is an error.
-        layers: dotted path of the ``ModuleList`` of decoder layers inside the Hugging Face model; found by a rule
-            that serves most models when None.
+        layers: dotted path of the ``ModuleList`` of decoder layers inside the Hugging Face model, or inside any
+            other module (the probe's batches then need a ``vision_mask``, or ``image_token_id``); found by a rule
+            that serves most Hugging Face models when None.
+        norm: dotted path of the final norm; found beside the layers when None.
         image_token_id: placeholder of vision tokens in ``input_ids``; that of the model's config when None.
         check: first run one batch twice, with other pixels the second time, and see that what moves at the
             decoder's first layer lies inside the vision mask. Warns where nothing moves.
@@ -145,7 +148,7 @@ def evaluate_mir(
     check_choice("variant", variant, Variant)
     if check and hidden_states is not None:
         raise ValueError("check works with Hugging Face models only: pass check=False along with hidden_states.")
-    network = Network(model, forward, layers, image_token_id, hidden_states)
+    network = Network(model, forward, layers, norm, image_token_id, hidden_states)
     fingerprint, masks = probe.fingerprint, network.masks(probe, text)
     whole = MaskedBatches(probe, masks)
     with leave_no_trace(network.model):

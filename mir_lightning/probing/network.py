@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from mir_lightning.probing.probe import Batch, Probe
@@ -17,7 +19,9 @@ from mir_lightning.vlm import (
     check_takes_pixels,
     execution_device,
     find_decoder,
+    find_entrance,
     find_vlm,
+    is_foreign,
     token_masks,
 )
 
@@ -29,15 +33,21 @@ _MASK_KEYS = ("vision_mask", "text_mask")
 _NOT_PIXELS = ("mask", "embeds")
 
 
+class ProbeWarning(UserWarning):
+    """What is measured on a probe says less than it seems to."""
+
+
 class Network:
     """A model to look into.
 
     Args:
-        model: a Hugging Face vision-language model, or a module that holds one; any module with ``hidden_states``.
-        forward: called with a batch's inputs instead of the Hugging Face model, which it has to reach.
-        layers: dotted path of the ``ModuleList`` of decoder layers inside the Hugging Face model.
+        model: a Hugging Face vision-language model, or a module that holds one; any module with ``layers`` or
+            ``hidden_states``.
+        forward: called with a batch's inputs instead of the model, which it has to reach.
+        layers: dotted path of the ``ModuleList`` of decoder layers inside the model.
+        norm: dotted path of the final norm inside the model.
         image_token_id: placeholder of vision tokens in ``input_ids``.
-        hidden_states: for models that are not Hugging Face's, see :func:`~mir_lightning.evaluate_mir`.
+        hidden_states: gives the hidden states of a batch, see :func:`~mir_lightning.evaluate_mir`.
 
     Raises:
         ValueError: if the model's parts cannot be found, or it is of a kind that MIR is not defined for.
@@ -48,18 +58,20 @@ class Network:
         model: nn.Module,
         forward: Forward | None = None,
         layers: str | None = None,
+        norm: str | None = None,
         image_token_id: int | None = None,
         hidden_states: HiddenStates | None = None,
     ) -> None:
-        self.vlm = find_vlm(model) if hidden_states is None else None
-        self.model: nn.Module = model if self.vlm is None else self.vlm
+        foreign = hidden_states is not None or is_foreign(model, layers)
+        self.vlm = None if foreign else find_vlm(model)
+        self.model = model if foreign else find_entrance(model)
         self.forward = forward or self.model
-        self.decoder = None if self.vlm is None else find_decoder(self.vlm, layers)
+        self.decoder = None if hidden_states is not None else find_decoder(self.vlm or model, layers, norm)
         self.image_token_id = image_token_id
         self.hidden_states = hidden_states
         self.device = execution_device(self.model)
         self.dtype = next(self.model.parameters()).dtype
-        accepted = inspect.signature(type(self.model).forward).parameters
+        accepted = inspect.signature(type(self.vlm or self.model).forward).parameters
         self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
         self._keeps_logits = "logits_to_keep" in accepted
 
@@ -81,17 +93,27 @@ class Network:
             count = int(sum(getattr(m, modality).sum() for m in masks))
             if count < 2:
                 raise ValueError(f"the probe has {count} {modality} tokens and needs at least 2: {hint}")
+            if self.width is not None and count < self.width:
+                rank_zero_warn(
+                    f"the probe has {count} {modality} tokens and the model is {self.width} wide: a covariance "
+                    f"of them is singular, and MIR depends on their number. {self.width - count} more would do.",
+                    category=ProbeWarning,
+                )
         return masks
+
+    @property
+    def width(self) -> int | None:
+        """Of the hidden states, where the model's config tells."""
+        return None if self.vlm is None else self.vlm.config.get_text_config(decoder=True).hidden_size
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Of a forward: on the device, floating point ones in the model's dtype, masks left out."""
-        return {
-            key: value.to(self.device, self.dtype if value.is_floating_point() else None, non_blocking=True)
-            if isinstance(value, Tensor)
-            else value
-            for key, value in batch.items()
-            if key not in _MASK_KEYS
-        }
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None, non_blocking=True)
+
+        inputs = {key: value for key, value in batch.items() if key not in _MASK_KEYS}
+        return apply_to_collection(inputs, Tensor, move)
 
     def run(self, inputs: dict[str, Any]) -> Any:
         """A lean forward: no cache, and no logits beyond the last position unless a loss needs them."""
@@ -185,9 +207,12 @@ def _sequence_states(output: Any, vision_mask: Tensor, layer: int) -> Tensor:
     given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
     why = "is not supported"
     if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[0] == expected[0]:
-        why = "inserts vision tokens inside the model, and is not supported: their positions are not known outside"
+        why = (
+            "inserts vision tokens inside the model, and their positions are not known outside: give hidden_states "
+            "and a vision_mask over those positions (docs, other models)"
+        )
     elif isinstance(hidden, Tensor) and hidden.ndim == 4:
-        why = "keeps parallel residual streams apart, and is not supported: none of them alone is the hidden state"
+        why = "keeps parallel residual streams apart, and is not supported: none is the whole"
     raise ValueError(
         f"decoder layer {layer} gave {given} where [B, S, H] with B, S = {expected} of input_ids was expected: "
         f"the model {why}."

@@ -1,14 +1,19 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mir_lightning import MIRCallback, Probe, evaluate_mir
-from mir_lightning.callbacks.hf import MIRTrainerCallback
+from mir_lightning import MIRCallback, Probe, SDSCallback, evaluate_mir
+from mir_lightning.callbacks.hf import MIRTrainerCallback, ProbingTrainerCallback
+from mir_lightning.probing import ChoiceProbe
+from tests.items import hard_items
 from tests.models import tiny_batch, tiny_llava
-from tests.training import fit
+from tests.processors import build
+from tests.training import caption_batches, fit
 
 STEPS = 6
 
@@ -23,7 +28,18 @@ def _samples(count=16):
     return [{key: value[0] for key, value in batch.items()} for batch in batches]
 
 
-def _train(folder, probe=None, resume=None, model=None, steps=STEPS, arguments=(), **options):
+def _train(
+    folder,
+    probe=None,
+    resume=None,
+    model=None,
+    steps=STEPS,
+    arguments=(),
+    kind=Trainer,
+    data=None,
+    callbacks=(),
+    **options,
+):
     torch.manual_seed(0)
     settings = {
         "max_steps": steps,
@@ -35,8 +51,12 @@ def _train(folder, probe=None, resume=None, model=None, steps=STEPS, arguments=(
         "save_strategy": "no",
         **dict(arguments),
     }
-    trainer = Trainer(
-        model or tiny_llava(dropout=0.1), TrainingArguments(folder, **settings), train_dataset=_samples()
+    trainer = kind(
+        model or tiny_llava(dropout=0.1),
+        TrainingArguments(folder, **settings),
+        train_dataset=_samples() if data is None else data,
+        eval_dataset=_samples(4),
+        callbacks=list(callbacks),
     )
     if probe is not None:
         trainer.add_callback(MIRTrainerCallback(trainer, probe, **{"every_n_steps": 2, **options}))
@@ -117,6 +137,8 @@ def test_bad_options(tmp_path, probe):
     trainer = _train(tmp_path, steps=1)
     with pytest.raises(TypeError, match=r"trainer must be a .*Trainer, got Probe"):
         MIRTrainerCallback(probe, probe)
+    with pytest.raises(TypeError, match="probe is missing"):
+        MIRTrainerCallback(trainer)
     with pytest.raises(ValueError, match="max_overhead"):
         MIRTrainerCallback(trainer, probe, max_overhead=2)
     trainer.add_callback(MIRTrainerCallback(trainer, Probe([{"input_ids": torch.ones(1, 4, dtype=torch.long)}])))
@@ -128,3 +150,104 @@ def test_checkpoints_carry_the_curve_as_plain_json(tmp_path, probe):
     _train(tmp_path, probe, arguments={"save_strategy": "steps", "save_steps": 2})
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert [row["step"] for row in state["log_history"] if "mir" in row] == [0, 2, 4]
+
+
+class Truth(TrainerCallback):
+    """MIR of the weights after each step."""
+
+    def __init__(self, probe):
+        self.probe, self.mir = probe, {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.mir[state.global_step] = evaluate_mir(model, self.probe).mir
+
+
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_last_point_is_of_the_last_step_where_the_best_model_is_loaded_at_the_end(tmp_path, probe, stops):
+    truth = Truth(probe)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    settings = {**EVALUATING, **best, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    callbacks = [truth, EarlyStoppingCallback(2)] if stops else [truth]
+    # Of whole vision-language models transformers 5 loads nothing back: their files have other names.
+    model = peft.get_peft_model(tiny_llava(), peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4))
+    trainer = _train(
+        tmp_path, probe, model=model, steps=12, arguments=settings, callbacks=callbacks, every_n_steps=100
+    )
+    last = max(truth.mir)
+    assert (last < 12) == stops
+    assert trainer.state.best_global_step < last
+    assert _points(trainer)[last] == pytest.approx(truth.mir[last], abs=1e-6)
+    assert evaluate_mir(trainer.model, probe).mir != pytest.approx(truth.mir[last], abs=1e-6)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_best_model_can_be_chosen_by_mir(tmp_path, probe, first):
+    stopping = EarlyStoppingCallback(100)
+    mir = MIRTrainerCallback(probe, every_n_steps=5)
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "mir", "greater_is_better": False}
+    settings = {**EVALUATING, **best, "learning_rate": 0.05}
+    callbacks = [mir, stopping] if first else [stopping, mir]
+    trainer = _train(tmp_path, steps=8, arguments=settings, callbacks=callbacks)
+    points = _points(trainer)
+    assert sorted(points) == [0, 2, 4, 5, 6, 8]
+    assert trainer.state.best_metric == min(points[step] for step in (2, 4, 6, 8))
+    assert points[trainer.state.best_global_step] == trainer.state.best_metric
+    with pytest.raises(ValueError, match=r"'mir' is best at its minimum.*greater_is_better=False"):
+        _train(tmp_path, probe, arguments={**settings, "greater_is_better": True})
+
+
+def test_evaluations_run_in_the_precision_of_training(tmp_path):
+    model = tiny_llava().bfloat16()
+    for name, module in model.named_modules():
+        if "norm" in name.lower() or "projector" in name:
+            module.float()
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    probe = Probe([tiny_batch(seed=100)])
+    trainer = _train(tmp_path, probe, model=model, steps=2, arguments={"bf16": True}, on_error="raise")
+    with trainer.accelerator.autocast():
+        assert _points(trainer)[2] == evaluate_mir(trainer.model, probe).mir
+
+
+def test_epochs_are_counted_where_the_data_have_no_length(tmp_path, probe):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(_samples(6))
+
+    options = {"every_n_steps": None, "every_n_epochs": 2, "at_start": False, "at_end": False}
+    assert list(_points(_train(tmp_path, probe, steps=12, data=Stream(), **options))) == [6, 12]
+
+
+class Merging(Trainer):
+    """Logs running figures with the next row, whichever it is, and clears them, as TRL's trainers do."""
+
+    seen = 0
+
+    def training_step(self, *args, **kwargs):
+        self.seen += 1
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        super().log({**logs, "seen": self.seen}, *args, **kwargs)
+        self.seen = 0
+
+
+def test_rows_of_trainers_that_merge_running_figures_stay_as_they_are(tmp_path, probe):
+    with_it, without = (_train(tmp_path, p, kind=Merging, arguments={"logging_steps": 2}) for p in (probe, None))
+    seen = [[row["seen"] for row in t.state.log_history if "loss" in row] for t in (with_it, without)]
+    assert seen == [[2, 2, 2], [2, 2, 2]]
+    assert list(_points(with_it)) == [0, 2, 4, 6]
+
+
+def test_any_probing_callback_has_the_door(tmp_path):
+    model, processor = build("llava")
+    sds = SDSCallback(ChoiceProbe(hard_items(), processor), every_n_steps=2)
+    samples = [
+        {key: value[i] for key, value in batch.items()} for batch in caption_batches(processor)[:2] for i in (0, 1)
+    ]
+    trainer = _train(tmp_path, model=model, steps=4, data=samples, callbacks=[ProbingTrainerCallback(sds)])
+    rows = [row for row in trainer.state.log_history if "sds_abilities/perception" in row]
+    assert [row["step"] for row in rows] == [point["step"] for point in sds.history] == [0, 2, 4]
+    assert (tmp_path / "sds_media" / "abilities.png").is_file()

@@ -393,7 +393,7 @@ class NoModel(pl.LightningModule):
 
 
 def test_a_module_with_no_model_or_two(tmp_path, probe):
-    with pytest.raises(ValueError, match=r"NoModel holds no Hugging Face model .*model=\"path.to.it\""):
+    with pytest.raises(ValueError, match=r"NoModel holds no Hugging Face model .*layers=\"path.to"):
         fit(tmp_path, [MIRCallback(probe)], NoModel())
     with pytest.raises(ValueError, match=r"TwoModels holds 2 Hugging Face models \(vlm, teacher\)"):
         fit(tmp_path, [MIRCallback(probe)], TwoModels())

@@ -149,3 +149,13 @@ def test_the_run_is_the_same_bit_for_bit(tmp_path, way):
 
 def _hooked(trouble, state):
     return next(name for name in state["hooks"] if name.endswith("language_model.layers.1"))
+
+
+@pytest.mark.parametrize("averaging_first", [False, True])
+def test_the_last_point_is_of_trained_weights_whatever_averages_them(tmp_path, averaging_first):
+    probe = Probe([tiny_batch(seed=100)])
+    alone = MIRCallback(probe, every_n_steps=2)
+    fit(tmp_path / "alone", [alone])
+    callback, averaging = MIRCallback(probe, every_n_steps=2), EMAWeightAveraging(decay=0.9)
+    fit(tmp_path / "averaged", [averaging, callback] if averaging_first else [callback, averaging])
+    assert [point["mir"] for point in callback.history] == [point["mir"] for point in alone.history]

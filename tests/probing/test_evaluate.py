@@ -1,6 +1,8 @@
 import gc
+from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -8,6 +10,7 @@ from lightning.fabric import Fabric
 
 from mir_lightning.functional import modality_integration_rate
 from mir_lightning.probing import Probe, evaluate_mir
+from mir_lightning.probing.network import ProbeWarning
 from tests import oracle
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 
@@ -308,3 +311,82 @@ def test_in_a_fabric_loop(probe):
     assert result.mir == pytest.approx(expected.mir, abs=0.02)
     fabric.backward(model(**tiny_batch()).loss)
     optimizer.step()
+
+
+def test_peft_models_are_entered_as_training_enters_them():
+    batch = tiny_batch(seed=100, padded=0)
+    batch["input_ids"][:, 14:16] = torch.tensor([9, 10])  # what switches the adapter on, from there
+    adapter = {"target_modules": ["q_proj", "down_proj"], "r": 4, "init_lora_weights": False}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[9, 10], **adapter)
+    model = peft.get_peft_model(tiny_llava(), config).eval()
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states[1:]
+    vision = batch["input_ids"] == IMAGE_TOKEN
+    text = (vision.cumsum(1) > 0) & ~vision
+    expected = modality_integration_rate([h[vision] for h in states], [h[text] for h in states])
+    assert evaluate_mir(model, Probe([batch])).mir == pytest.approx(expected.item(), abs=1e-9)
+
+
+def test_prompt_learning_is_refused():
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, num_layers=3, num_attention_heads=1, token_dim=12
+    )
+    with pytest.raises(ValueError, match=r"PREFIX_TUNING .* virtual tokens .* LoRA"):
+        evaluate_mir(peft.get_peft_model(tiny_llava(), config), Probe([tiny_batch()]))
+
+
+def test_a_second_name_of_a_part_is_no_second_model():
+    module = torch.nn.Module()
+    module.vlm = tiny_llava()
+    module.lm = module.vlm.model.language_model
+    assert evaluate_mir(module, Probe([tiny_batch()])).mir == evaluate_mir(module.vlm, Probe([tiny_batch()])).mir
+
+
+def test_a_probe_with_fewer_tokens_than_the_width_is_told_how_many_more_it_needs():
+    with pytest.warns(ProbeWarning, match=r"10 vision tokens .* 24 wide.* 14 more"):
+        evaluate_mir(tiny_llava(), Probe([tiny_batch(batch=1)]))
+
+
+class HandWritten(torch.nn.Module):
+    """No Hugging Face model: blocks and a final norm under names of their own, pictures put in by a projection."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.patches = torch.nn.Embedding(20, 8), torch.nn.Linear(5, 8)
+        self.decoder = torch.nn.Module()
+        self.decoder.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+        self.decoder.norm = torch.nn.LayerNorm(8)
+        self.clip = tiny_llava().model.vision_tower  # a Hugging Face model that is not the decoder
+
+    def forward(self, input_ids, pictures, labels=None):
+        hidden = torch.cat([self.patches(pictures["patches"]), self.embed(input_ids[:, 4:])], dim=1)
+        for block in self.decoder.blocks:
+            hidden = torch.tanh(block(hidden))
+        hidden = self.decoder.norm(hidden)
+        loss = None if labels is None else hidden.square().mean()
+        return SimpleNamespace(last=hidden, loss=loss)
+
+
+def test_plain_modules_by_the_paths_of_their_layers():
+    batch = {
+        "input_ids": torch.arange(30).view(3, 10) % 20,
+        "pictures": {"patches": torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))},
+        "labels": torch.ones(3, 10, dtype=torch.long),
+        "vision_mask": (torch.arange(10) < 4).expand(3, 10),
+    }
+    model = HandWritten()
+    result = evaluate_mir(model, Probe([batch]), layers="decoder.blocks", norm="decoder.norm")
+    with torch.no_grad():
+        output = model(batch["input_ids"], batch["pictures"], batch["labels"])
+    vision, text = (output.last[mask] for mask in (batch["vision_mask"], ~batch["vision_mask"]))
+    expected = modality_integration_rate([vision], [text], return_layers=True)[1]
+    assert len(result.layers) == 3
+    assert result.layers[-1].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert result.loss == pytest.approx(output.loss.item())
+    with pytest.raises(ValueError, match=r"norm='decoder.none' names no submodule of HandWritten"):
+        evaluate_mir(model, Probe([batch]), layers="decoder.blocks", norm="decoder.none")
+    half = model.bfloat16()  # nested tensors follow the model's precision too
+    assert evaluate_mir(half, Probe([batch]), layers="decoder.blocks", norm="decoder.norm").mir == pytest.approx(
+        result.mir, abs=0.05
+    )

@@ -15,7 +15,7 @@ from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.choices.scores import CandidateScorer, Forward, Score
 from mir_lightning.probing.isolation import leave_no_trace
 from mir_lightning.probing.ranks import fit_into_memory, run_items, sum_over_ranks
-from mir_lightning.vlm import find_vlm
+from mir_lightning.vlm import find_entrance, find_vlm
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def evaluate_choices(
     if getattr(vlm.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(vlm).__name__} is an encoder-decoder: its answers do not follow its prompts.")
     with leave_no_trace(model):
-        scorer = CandidateScorer(vlm, items, score, forward, distributed)
+        scorer = CandidateScorer(vlm, items, score, forward or find_entrance(model), distributed)
         scores, shared_prefix = fit_into_memory(
             lambda size: _scores(scorer, size, progress), batch_size, lambda size: size // 2 or None
         )

@@ -24,7 +24,7 @@ from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.choices.scores import CandidateScorer, Forward
 from mir_lightning.probing.isolation import leave_no_trace
 from mir_lightning.probing.ranks import run_items
-from mir_lightning.vlm import find_vlm
+from mir_lightning.vlm import find_entrance, find_vlm
 
 CAPTION_PROMPT = f"{IMAGE} A photo of"
 QUESTION_PROMPT = f"{IMAGE} Question: {{question}} Short answer:"
@@ -147,7 +147,7 @@ def evaluate_few_shot(
     answers, scores = {}, {}
     with leave_no_trace(model):
         for count, probe in items.probes.items():
-            scorer = CandidateScorer(vlm, probe, "logit", forward, distributed)
+            scorer = CandidateScorer(vlm, probe, "logit", forward or find_entrance(model), distributed)
             answers[count] = written_answers(scorer, batch_size, max_new_tokens, progress)
             scores[count] = _by_task(probe.items, answers[count])
     return FewShotResult(scores, answers, items.fingerprint, time.perf_counter() - start)

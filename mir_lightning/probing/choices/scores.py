@@ -26,17 +26,17 @@ class CandidateScorer:
         model: a Hugging Face model.
         probe: its items are scored.
         score: what each token gets: its raw ``"logit"``, or ``"logprob"``.
-        forward: called with a forward's inputs instead of the model.
+        forward: called with a forward's inputs; it reaches the model.
         in_step: run the same number of forwards for every batch, as sharded models need.
     """
 
     def __init__(
-        self, model: PreTrainedModel, probe: ChoiceProbe, score: Score, forward: Forward | None, in_step: bool
+        self, model: PreTrainedModel, probe: ChoiceProbe, score: Score, forward: Forward, in_step: bool
     ) -> None:
         self.model = model
         self.probe = probe
         self.score = score
-        self.forward = forward or model
+        self.forward = forward
         self.in_step = in_step
         self.device = execution_device(model)
         self.dtype = next(model.parameters()).dtype
