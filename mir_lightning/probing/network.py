@@ -208,8 +208,8 @@ def _sequence_states(output: Any, vision_mask: Tensor, layer: int) -> Tensor:
     why = "is not supported"
     if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[0] == expected[0]:
         why = (
-            "inserts vision tokens inside the model, and their positions are not known outside: give hidden_states "
-            "and a vision_mask over those positions (docs, other models)"
+            "inserts vision tokens inside the model, and their positions are not known outside: give "
+            "hidden_states, and a vision_mask over those positions"
         )
     elif isinstance(hidden, Tensor) and hidden.ndim == 4:
         why = "keeps parallel residual streams apart, and is not supported: none is the whole"
