@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from mir_lightning.callbacks.loops import LightningLoop, Loop, Table
 from mir_lightning.callbacks.schedule import Budget, Schedule, tokens_of
 from mir_lightning.callbacks.strategies import check_data_parallel
 from mir_lightning.functional.checks import check_choice
+from mir_lightning.vlm import find_entrance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,10 +34,11 @@ class ProbingCallback(pl.Callback, ABC):
     numbers of the whole: give every rank the same. Each evaluation also logs ``<name>_probe/seconds`` and
     ``<name>_probe/overhead`` (share of the training time so far).
 
-    A subclass says what to evaluate (:meth:`prepare`, :meth:`measure`) and what to tell of a result
+    A subclass says what evaluates (:attr:`evaluator`, :meth:`make_probe`) and what to tell of a result
     (:meth:`values`, :meth:`draw`).
 
     Args:
+        probe: what is evaluated, or a zero-argument callable that makes it when the fit starts.
         every_n_steps: optimizer steps between evaluations; ``None`` for none. The schedules below add to it.
         at_start: evaluate before the first step.
         at_end: evaluate after the last step, if that step was not evaluated yet. Every point is of the weights
@@ -56,6 +58,8 @@ class ProbingCallback(pl.Callback, ABC):
         strict_probe: raise, instead of warning, when a run resumes with a probe of other contents.
 
     Attributes:
+        engine: options of the evaluator.
+        network: what is evaluated, once the fit has started.
         history: one row a point: ``step``, and everything that was logged, under the names it was logged under.
         fingerprint: of what is evaluated, once training has begun.
         last_monitored: the last values that checkpoints and early stopping saw.
@@ -70,9 +74,13 @@ class ProbingCallback(pl.Callback, ABC):
     """What is evaluated, in messages."""
     best: Literal["min", "max"]
     """Which of a curve's values is best."""
+    evaluator: Callable[..., Any]
+    """Called with the model, the probe, :attr:`engine` and ``forward=``, ``distributed=``, ``progress=``; see
+    :func:`~mir_lightning.evaluate_mir`. Its result has ``seconds``."""
 
     def __init__(
         self,
+        probe: Any,
         every_n_steps: int | None = 500,
         at_start: bool = True,
         at_end: bool = True,
@@ -87,6 +95,9 @@ class ProbingCallback(pl.Callback, ABC):
         strict_probe: bool = False,
     ) -> None:
         check_choice("on_error", on_error, OnError)
+        self.probe = probe
+        self.engine: dict[str, Any] = {}
+        self.network: nn.Module | None = None
         self.schedule = Schedule(every_n_steps, tuple(at_steps), growth, every_n_epochs, every_n_tokens)
         self.budget = Budget(max_overhead)
         self.at_start = at_start
@@ -112,15 +123,27 @@ class ProbingCallback(pl.Callback, ABC):
         return self.history[-1][f"{self.name}_probe/seconds"] if self.history else None
 
     @abstractmethod
+    def make_probe(self, source: Any) -> Any:
+        """The probe from what the callback was given; it has a ``fingerprint``."""
+
     def prepare(self, module: nn.Module) -> dict[str, Any]:
-        """Find the model in ``module`` and check the probe; settings to describe the run with.
+        """Find the model in ``module`` and make the probe; settings to describe the run with."""
+        self.network = find_entrance(module, self.model)
+        self.probe = self.make_probe(self.probe)
+        return dict(self.engine)
 
-        One of them is ``fingerprint``: points of different ones are not comparable.
-        """
-
-    @abstractmethod
     def measure(self, loop: Loop) -> Any:
-        """Evaluate; the result has ``seconds``."""
+        """Evaluate as the loop trains."""
+        assert self.network is not None
+        with loop.precision():
+            return type(self).evaluator(
+                self.network,
+                self.probe,
+                forward=loop.forward_of(self.network),
+                distributed=loop.ranks > 1,
+                progress=f"{self.label} at step {loop.step}" if loop.shows_bars else None,
+                **self.engine,
+            )
 
     @abstractmethod
     def values(self, result: Any) -> dict[str, float]:
@@ -142,10 +165,6 @@ class ProbingCallback(pl.Callback, ABC):
         """Something about the history to warn of, once."""
         return None
 
-    def bar_title(self, loop: Loop) -> str | None:
-        """Of a bar of this evaluation; none where the loop shows no bars."""
-        return f"{self.label} at step {loop.step}" if loop.shows_bars else None
-
     def begin(self, loop: Loop) -> None:
         """Find the model and check the probe, so that mistakes show before the first step.
 
@@ -153,7 +172,7 @@ class ProbingCallback(pl.Callback, ABC):
             ValueError: as the class says.
         """
         settings = self.prepare(loop.module)
-        self.fingerprint = fingerprint = str(settings["fingerprint"])
+        self.fingerprint = fingerprint = str(self.probe.fingerprint)
         if not loop.all_agree(loop.from_first(fingerprint) == fingerprint):
             raise ValueError("probe: the ranks hold probes of different contents; give every rank the same one.")
         restored = self._restored_fingerprint
@@ -165,7 +184,7 @@ class ProbingCallback(pl.Callback, ABC):
             if self.strict_probe:
                 raise ValueError(message)
             rank_zero_warn(message)
-        loop.describe(self.name, settings, self.best)
+        loop.describe(self.name, {**settings, "fingerprint": fingerprint}, self.best)
 
     def start(self, loop: Loop) -> None:
         """Step 0; on resume, the last point, and one that the interrupted run was due but did not reach."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.few_shot import FewShotCallback
 from mir_lightning.callbacks.loops import Table
@@ -45,13 +43,12 @@ class CaptionCallback(FewShotCallback):
     ) -> None:
         super().__init__(items, max_new_tokens=max_new_tokens, name=name, **options)
 
-    def prepare(self, module: nn.Module) -> dict[str, Any]:
-        """Find the model and make the items."""
-        settings = super().prepare(module)
-        assert isinstance(self.items, FewShotProbe)
-        if list(self.items.probes) != [0] or any(len(item.images) != 1 for item in self.items.probes[0].items):
+    def make_probe(self, source: FewShotProbe | Callable[[], FewShotProbe]) -> FewShotProbe:
+        """The pictures."""
+        probe = super().make_probe(source)
+        if list(probe.probes) != [0] or any(len(item.images) != 1 for item in probe.probes[0].items):
             raise ValueError(f"items of {self.name} must show one picture each and no examples: shots=(0,).")
-        return settings
+        return probe
 
     def values(self, result: FewShotResult) -> dict[str, float]:
         """A few captions make no score."""
@@ -63,8 +60,7 @@ class CaptionCallback(FewShotCallback):
 
     def draw(self, result: FewShotResult, step: int) -> tuple[dict[str, Figure], Table]:
         """The pictures with their captions, and all captions so far."""
-        assert isinstance(self.items, FewShotProbe)
-        items = self.items.probes[0].items
+        items = self.probe.probes[0].items
         figure = figures.caption_figure(
             [open_image(item.images[0]) for item in items],
             result.answers[0],

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from mir_lightning.callbacks.base import ProbingCallback
-from mir_lightning.callbacks.loops import Loop
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.probing.choices.few_shot import FewShotProbe, FewShotResult, evaluate_few_shot
 from mir_lightning.probing.choices.probe import made_of
-from mir_lightning.vlm import find_entrance
 
 
 class FewShotCallback(ProbingCallback):
@@ -37,6 +33,7 @@ class FewShotCallback(ProbingCallback):
 
     label = "Few-shot"
     best = "max"
+    evaluator = staticmethod(evaluate_few_shot)
 
     def __init__(
         self,
@@ -48,32 +45,12 @@ class FewShotCallback(ProbingCallback):
         **options: Any,
     ) -> None:
         check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
-        super().__init__(every_n_steps, name=name, **options)
-        self.items = items
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
-        self._network: nn.Module | None = None
+        super().__init__(items, every_n_steps, name=name, **options)
+        self.engine = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
 
-    def prepare(self, module: nn.Module) -> dict[str, Any]:
-        """Find the model and make the items."""
-        self._network = find_entrance(module, self.model)
-        self.items = items = made_of(FewShotProbe, self.items)
-        return {"shots": list(items.probes), "fingerprint": items.fingerprint}
-
-    def measure(self, loop: Loop) -> FewShotResult:
-        """Let the model answer."""
-        assert self._network is not None
-        assert isinstance(self.items, FewShotProbe)
-        with loop.precision():
-            return evaluate_few_shot(
-                self._network,
-                self.items,
-                self.max_new_tokens,
-                self.batch_size,
-                forward=loop.forward_of(self._network),
-                distributed=loop.ranks > 1,
-                progress=self.bar_title(loop),
-            )
+    def make_probe(self, source: FewShotProbe | Callable[[], FewShotProbe]) -> FewShotProbe:
+        """The items."""
+        return made_of(FewShotProbe, source)
 
     def values(self, result: FewShotResult) -> dict[str, float]:
         """Exact match and F1 by number of shots, over all tasks and by task."""

@@ -57,6 +57,7 @@ class MIRCallback(ProbingCallback):
 
     label = "MIR"
     best = "min"
+    evaluator = staticmethod(evaluate_mir)
 
     def __init__(
         self,
@@ -78,60 +79,35 @@ class MIRCallback(ProbingCallback):
     ) -> None:
         check_choice("variant", variant, Variant)
         check_choice("text", text, TextPositions)
-        super().__init__(every_n_steps, at_start, at_end, model, name, **options)
-        self.probe = probe
-        self.variant: Variant = variant
-        self.text: TextPositions = text
-        self.picture_layer = picture_layer
+        super().__init__(probe, every_n_steps, at_start, at_end, model, name, **options)
+        self.engine = {"variant": variant, "text": text, "sample_layer": picture_layer}
+        self.places: dict[str, Any] = {"layers": layers, "norm": norm, "image_token_id": image_token_id}
+        self.places["hidden_states"] = hidden_states
         self.check = check and hidden_states is None
-        self.hidden_states = hidden_states
-        self.layers = layers
-        self.norm = norm
-        self.image_token_id = image_token_id
-        self._network: nn.Module | None = None
 
-    @property
-    def _places(self) -> dict[str, Any]:
-        return {
-            "layers": self.layers,
-            "norm": self.norm,
-            "image_token_id": self.image_token_id,
-            "hidden_states": self.hidden_states,
-        }
+    def make_probe(self, source: ProbeLike) -> Probe:
+        """As :meth:`Probe.of <mir_lightning.Probe.of>` does."""
+        return Probe.of(source)
 
     def prepare(self, module: nn.Module) -> dict[str, Any]:
         """Find the model and check the probe."""
         inside = module_at(module, "model", self.model or "")
-        foreign = self.hidden_states is not None or is_foreign(inside, self.layers)
-        self._network = inside if foreign else find_entrance(module, self.model)
-        self.probe = probe = Probe.of(self.probe)
-        network = Network(self._network, **self._places)
-        network.masks(probe, self.text)
+        foreign = self.places["hidden_states"] is not None or is_foreign(inside, self.places["layers"])
+        self.network = inside if foreign else find_entrance(module, self.model)
+        self.probe = probe = self.make_probe(self.probe)
+        network = Network(self.network, **self.places)
+        network.masks(probe, self.engine["text"])
         if network.device.type == "cuda":
             probe.pin_memory()
-        settings = {"variant": self.variant, "text": self.text, "probe_batches": len(probe)}
-        return {**settings, "fingerprint": probe.fingerprint}
+        return {"variant": self.engine["variant"], "text": self.engine["text"], "probe_batches": len(probe)}
 
     def measure(self, loop: Loop) -> MIRResult:
         """Run the probe, with the self-check until it has found the mask right."""
-        network, probe = self._network, self.probe
-        assert network is not None
-        assert isinstance(probe, Probe)
-        with loop.precision(), warnings.catch_warnings():
+        self.engine |= {**self.places, "check": self.check}
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UncheckedMaskWarning)  # a silent projector may speak later
             warnings.simplefilter("ignore", ProbeWarning)  # said at the start
-            result = evaluate_mir(
-                network,
-                probe,
-                self.variant,
-                self.text,
-                forward=loop.forward_of(network),
-                sample_layer=self.picture_layer,
-                distributed=loop.ranks > 1,
-                check=self.check,
-                progress=self.bar_title(loop),
-                **self._places,
-            )
+            result: MIRResult = super().measure(loop)
         self.check &= not result.checked
         return result
 

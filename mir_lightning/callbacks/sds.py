@@ -6,16 +6,13 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.base import ProbingCallback
-from mir_lightning.callbacks.loops import Loop, Table
+from mir_lightning.callbacks.loops import Table
 from mir_lightning.functional.checks import check_at_least_one, check_choice
 from mir_lightning.probing.choices.evaluate import ChoiceResult, evaluate_choices
 from mir_lightning.probing.choices.probe import ChoiceProbe, made_of
 from mir_lightning.probing.choices.scores import Score
-from mir_lightning.vlm import find_entrance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,6 +44,7 @@ class SDSCallback(ProbingCallback):
 
     label = "SDS"
     best = "max"
+    evaluator = staticmethod(evaluate_choices)
 
     def __init__(
         self,
@@ -59,32 +57,12 @@ class SDSCallback(ProbingCallback):
     ) -> None:
         check_choice("score", score, Score)
         check_at_least_one(batch_size=batch_size)
-        super().__init__(every_n_steps, name=name, **options)
-        self.items = items
-        self.score: Score = score
-        self.batch_size = batch_size
-        self._network: nn.Module | None = None
+        super().__init__(items, every_n_steps, name=name, **options)
+        self.engine = {"score": score, "batch_size": batch_size}
 
-    def prepare(self, module: nn.Module) -> dict[str, Any]:
-        """Find the model and make the items."""
-        self._network = find_entrance(module, self.model)
-        self.items = items = made_of(ChoiceProbe, self.items)
-        return {"score": self.score, "items": len(items), "fingerprint": items.fingerprint}
-
-    def measure(self, loop: Loop) -> ChoiceResult:
-        """Ask the items."""
-        assert self._network is not None
-        assert isinstance(self.items, ChoiceProbe)
-        with loop.precision():
-            return evaluate_choices(
-                self._network,
-                self.items,
-                self.score,
-                self.batch_size,
-                forward=loop.forward_of(self._network),
-                distributed=loop.ranks > 1,
-                progress=self.bar_title(loop),
-            )
+    def make_probe(self, source: ChoiceProbe | Callable[[], ChoiceProbe]) -> ChoiceProbe:
+        """The items."""
+        return made_of(ChoiceProbe, source)
 
     def values(self, result: ChoiceResult) -> dict[str, float]:
         """Scores, accuracies and chance levels of all items, each ability, task and part."""

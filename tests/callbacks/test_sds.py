@@ -63,7 +63,7 @@ def test_every_logger_gets_what_it_can_show(tmp_path, items):
     assert len(events.Images("sds_media/abilities")) == 3
 
     history, media, config = read_offline_run(loggers[2])
-    assert config["sds"] == {"score": "logit", "fingerprint": items.fingerprint, "items": 7}
+    assert config["sds"] == {"score": "logit", "fingerprint": items.fingerprint, "batch_size": 32}
     rows = [row for row in history if "sds" in row]
     assert [row["trainer/global_step"] for row in rows] == [0, 3, 6]
     assert all("sds_acc_tasks/reasoning/relation" in row for row in rows)
