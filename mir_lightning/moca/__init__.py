@@ -1,8 +1,8 @@
 """Learnable modality calibration (MoCa) of the vision tokens in any decoder."""
 
 from mir_lightning.moca.inject import inject_moca, moca_parameters, moca_statistics, remove_moca
+from mir_lightning.moca.layers import MoCa
 from mir_lightning.moca.masks import vision_mask
-from mir_lightning.moca.module import MoCa
 from mir_lightning.moca.saving import from_pretrained, load_moca, save_moca
 
 __all__ = [

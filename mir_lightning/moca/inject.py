@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -11,9 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from mir_lightning.moca.layers import CalibratedLayer, calibrate, restore
+from mir_lightning.moca.layers import CalibratedLayer, MoCa, calibrated_class
 from mir_lightning.moca.masks import MaskTracker
-from mir_lightning.moca.module import MoCa
 from mir_lightning.vlm import find_decoder, find_vlm, vision_token_ids
 
 CONFIG_FLAG = "moca"
@@ -47,13 +47,25 @@ def inject_moca(model: nn.Module, init_std: float = 0.0) -> None:
     found = find_vlm(model)
     layers = find_decoder(found).layers
     for layer in layers:
-        _check_untouched(layer, found)
-    tracker = MaskTracker(_token_ids(found))
+        if isinstance(layer, CalibratedLayer):
+            raise ValueError(f"{type(found).__name__} has MoCa already: remove_moca(model) first.")
+        if isinstance(layer, FSDPModule) or "forward" in vars(layer):
+            raise ValueError(
+                f"a decoder layer of {type(found).__name__} is sharded, compiled or dispatched to a device "
+                f"already ({type(layer).__name__}): inject MoCa before."
+            )
+    token_ids: set[int] = set()
+    with suppress(ValueError):  # the config names no image token: the mask comes with the call
+        token_ids = vision_token_ids(found.config)
+    tracker = MaskTracker(token_ids)
     width = found.config.get_text_config(decoder=True).hidden_size
     for layer in layers:
-        calibrate(layer, MoCa(width, init_std, next(layer.parameters()).device), tracker)
-    for part in _models_around(found, layers):
-        tracker.watch(part, outermost=part is found)
+        moca = MoCa(width, init_std, next(layer.parameters()).device)
+        layer.__class__ = calibrated_class(type(layer))
+        layer.moca, layer.moca_tracker = moca, tracker
+    for part in found.modules():
+        if isinstance(part, PreTrainedModel) and any(module is layers for module in part.modules()):
+            tracker.watch(part, outermost=part is found)
     setattr(found.config, CONFIG_FLAG, True)
 
 
@@ -73,16 +85,13 @@ def remove_moca(model: nn.Module) -> None:
             )
     layers[0].moca_tracker.unwatch()
     for layer in layers:
-        restore(layer)
+        del layer.moca, layer.moca_tracker
+        layer.__class__ = layer.moca_base
     delattr(found.config, CONFIG_FLAG)
 
 
 def calibrated_layers(model: nn.Module) -> list[CalibratedLayer]:
-    """The decoder layers, each with its ``moca``.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The decoder layers, each with its ``moca``; a ``ValueError`` if there are none."""
     found = find_vlm(model)
     layers = [layer for layer in find_decoder(found).layers.modules() if isinstance(layer, CalibratedLayer)]
     if not layers:
@@ -112,9 +121,8 @@ def moca_statistics(model: nn.Module) -> dict[str, float]:
     """
     values = {}
     for number, layer in enumerate(calibrated_layers(model), start=1):
-        scale, shift = whole(layer.moca.scale), whole(layer.moca.shift)
-        values[f"moca/scale/layer_{number:02d}"] = (scale - 1).abs().mean().item()
-        values[f"moca/shift/layer_{number:02d}"] = shift.abs().mean().item()
+        values[f"moca/scale/layer_{number:02d}"] = (whole(layer.moca.scale) - 1).abs().mean().item()
+        values[f"moca/shift/layer_{number:02d}"] = whole(layer.moca.shift).abs().mean().item()
     return values
 
 
@@ -122,27 +130,3 @@ def whole(parameter: Tensor) -> Tensor:
     """The value of a parameter, gathered if it is sharded; detached, float32."""
     value = parameter.detach()
     return (value.full_tensor() if isinstance(value, DTensor) else value).float()
-
-
-def _token_ids(model: PreTrainedModel) -> set[int]:
-    """None where the config names no image token: the mask comes with the call."""
-    try:
-        return vision_token_ids(model.config)
-    except ValueError:
-        return set()
-
-
-def _check_untouched(layer: nn.Module, model: PreTrainedModel) -> None:
-    if isinstance(layer, CalibratedLayer):
-        raise ValueError(f"{type(model).__name__} has MoCa already: remove_moca(model) first.")
-    if isinstance(layer, FSDPModule) or "forward" in vars(layer):
-        raise ValueError(
-            f"a decoder layer of {type(model).__name__} is sharded, compiled or dispatched to a device already "
-            f"({type(layer).__name__}): inject MoCa before."
-        )
-
-
-def _models_around(model: PreTrainedModel, layers: nn.ModuleList) -> list[PreTrainedModel]:
-    """The Hugging Face model objects that hold the layers, from the outermost one inwards."""
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    return [part for part in parts if any(module is layers for module in part.modules())]
