@@ -55,7 +55,7 @@ def check_json(place: str, value: Any, schema: Any, field: str = "it") -> None:
         wanted, fits = "an object", isinstance(value, dict)
     elif isinstance(schema, list):
         wanted = f"a list of {'one or more' if len(schema) == 1 else len(schema)}"
-        fits = isinstance(value, list) and value and len(schema) in (1, len(value))
+        fits = isinstance(value, list) and len(value) > 0 and len(schema) in (1, len(value))
     else:
         wanted, fits = _PLAIN[schema][0], _PLAIN[schema][1](value)
     if not fits:

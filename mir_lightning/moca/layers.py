@@ -87,7 +87,7 @@ class CalibratedLayer(nn.Module):
 
 
 @functools.cache
-def calibrated_class(base: type) -> type[CalibratedLayer]:
+def calibrated_class(base: Any) -> type[CalibratedLayer]:
     """Of the same name as ``base``: wrapping policies and device maps look for layers by class name."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "moca_base": base}
     return type(base.__name__, (CalibratedLayer, base), names)

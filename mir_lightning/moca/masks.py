@@ -79,7 +79,7 @@ class MaskTracker:
 
     def watch(self, module: nn.Module, outermost: bool) -> None:
         """Follow the calls of one of the model objects around the layers."""
-        names = tuple(inspect.signature(module.forward).parameters)
+        names = list(inspect.signature(module.forward).parameters)
         enter = partial(self._enter, names, outermost)
         self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         self._handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -111,29 +111,19 @@ class MaskTracker:
         return mask
 
     def _innermost(self) -> _Call | None:
-        for call in reversed(_thread.calls):
-            if call.tracker is self:
-                return call
-        return None
+        return next((call for call in reversed(_thread.calls) if call.tracker is self), None)
 
-    def _enter(
-        self,
-        names: tuple[str, ...],
-        outermost: bool,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    def _enter(self, names: list[str], outermost: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
         mask = self._mask({**dict(zip(names, args, strict=False)), **kwargs}, names, outermost)
         # Decoding steps have no vision token. In training the parameters stay in the graph, for DDP.
         in_use = mask is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(mask.any())
         _thread.calls.append(_Call(self, module, mask, idle=not in_use))
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if _thread.calls and _thread.calls[-1].module is module:
             _thread.calls.pop()
 
-    def _mask(self, inputs: Mapping[str, Any], names: tuple[str, ...], outermost: bool) -> Tensor | None:
+    def _mask(self, inputs: Mapping[str, Any], names: list[str], outermost: bool) -> Tensor | None:
         input_ids = inputs.get("input_ids")
         sequence = inputs.get("inputs_embeds") if input_ids is None else input_ids
         token_ids = () if input_ids is None else self.token_ids
