@@ -14,13 +14,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from mir_lightning.functional.mir import norms_of, outlier_rules
 from mir_lightning.probing.evaluate import MIRResult
+from mir_lightning.report import Run, report_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
 # Okabe and Ito: told apart with any colour vision.
-_MEAN_COLOUR, _COV_COLOUR, _LOSS_COLOUR = "#0072B2", "#E69F00", "#009E73"
+_MEAN_COLOUR, _COV_COLOUR = "#0072B2", "#E69F00"
 
 
 def scalars(result: MIRResult, name: str = "mir") -> dict[str, float]:
@@ -116,7 +117,7 @@ def layer_comparison_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
         axes.set_yscale("log")
     axes.set(xlabel="decoder layer", ylabel="Fréchet distance")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    axes.legend(handles=axes.lines, frameon=False)  # names that begin with "_" too
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -177,29 +178,11 @@ def token_figure(result: MIRResult, step: int) -> Figure:
 
 
 def curve_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """A run at a glance: MIR, held-out loss and effective ranks over optimizer steps."""
-    figure = _figure()
-    figure.set_size_inches(10, 3)
-    steps = [point["step"] for point in history]
-    panels = figure.subplots(1, 3)
-    panels[0].plot(steps, [point["mir"] for point in history], "o-", color="black", label="MIR")
-    panels[0].plot(steps, [point["mir_robust"] for point in history], "x:", color="#D55E00", label="robust")
-    panels[0].legend(frameon=False)
-    panels[0].set_title("Modality Integration Rate")
-    panels[0].set_ylabel("MIR (lower: better aligned)")
-    if all(point["loss"] is not None for point in history):
-        panels[1].plot(steps, [point["loss"] for point in history], "o-", color=_LOSS_COLOUR)
-    panels[1].set_title("Held-out caption loss")
-    panels[1].set_ylabel("cross-entropy (nats per token)")
-    panels[2].plot(steps, [point["vision_rank"] for point in history], "o-", color=_MEAN_COLOUR, label="vision")
-    panels[2].plot(steps, [point["text_rank"] for point in history], "s--", color=_COV_COLOUR, label="text")
-    panels[2].set_title("Effective rank")
-    panels[2].set_ylabel("dimensions (mean over layers)")
-    panels[2].legend(frameon=False)
-    for axes in panels:
-        axes.set_xlabel("optimizer step")
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    """A run at a glance: MIR, held-out loss and effective ranks over optimizer steps, as a report draws them."""
+    keys = {"mir": "mir", "mir_robust": "mir_robust", "mir_probe/loss": "loss"}
+    keys |= {"mir_rank/vision": "vision_rank", "mir_rank/text": "text_rank"}
+    curves = {name: [(p["step"], p[key]) for p in history if p[key] is not None] for name, key in keys.items()}
+    return report_figure([Run("", {name: curve for name, curve in curves.items() if curve})])
 
 
 def ability_figure(steps: Sequence[int], scores: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
