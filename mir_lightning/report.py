@@ -135,7 +135,10 @@ def literal(text: str) -> str:
 
 
 def report_figure(runs: Sequence[Run]) -> Figure:
-    """Panels side by side: every metric that some run has, a colour for each run, a line style for each name."""
+    """Panels side by side of every metric that some run has: a line style for each name, a colour for each run.
+
+    Where there is one run, each name has a colour.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -171,7 +174,7 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
 
     several, handles = len(runs) > 1, []
     for index, name in enumerate(names):
-        style: Any = _STYLES[index % len(_STYLES)] if several else "-"
+        style: Any = _STYLES[index % len(_STYLES)]
         if len(names) > 1:
             colour = "0.3" if several else f"C{index}"
             handles.append(Line2D([], [], color=colour, linestyle=style, label=literal(name)))
