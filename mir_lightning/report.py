@@ -84,10 +84,11 @@ def read_run(path: Path) -> Run:
     if not pieces[0]:
         raise ValueError(f"{files[0]} holds no curve.")
     for file in files[1:] if files[0].suffix == ".csv" else ():  # a trainer_state.json holds the whole run
-        earlier = _curves(file)
-        if earlier and min(map(min, earlier.values())) >= min(map(min, pieces[-1].values())):
+        if not (earlier := _curves(file)):
+            continue
+        if min(map(min, earlier.values())) >= min(map(min, pieces[-1].values())):
             break  # of another run, in the same folder before
-        pieces += [earlier] if earlier else []
+        pieces.append(earlier)
     curves: dict[str, dict[int, float]] = {}
     for piece in reversed(pieces):
         for name, curve in piece.items():
