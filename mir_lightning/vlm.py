@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mir_lightning.functional.checks import check_choice
 
 TextPositions = Literal["after_vision", "all"]
+
+POSITION_MASK = "image_embeds_position_mask"  # how kosmos-2 and kosmos-2.5 are told
 
 _VISION_TOKEN_KEYS = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
 _STRUCTURAL_TOKEN_KEY = re.compile(r"(image|img|video|vision|audio|boi|eoi|boa|eoa)\w*_token_(id|index)")
@@ -297,15 +299,31 @@ def _default_vision_mask(
     config: PreTrainedConfig | None, batch: Mapping[str, Any], image_token_id: int | None
 ) -> Tensor:
     if image_token_id is not None:
-        return batch["input_ids"] == image_token_id
-    if "image_embeds_position_mask" in batch:  # kosmos-2, kosmos-2.5
-        return batch["image_embeds_position_mask"].bool()
+        return vision_positions(batch["input_ids"], None, [image_token_id])
+    if POSITION_MASK in batch:
+        return vision_positions(batch["input_ids"], batch[POSITION_MASK], ())
     if config is None:
         raise ValueError(
             "the model has no Hugging Face config to find vision tokens with: give each probe batch a "
             '"vision_mask" (bool [B, S]).'
         )
-    return _is_one_of(batch["input_ids"], vision_token_ids(config))
+    return vision_positions(batch["input_ids"], None, vision_token_ids(config))
+
+
+def vision_positions(sequence: Tensor, told: Tensor | None, token_ids: Iterable[int]) -> Tensor:
+    """Where a model puts vision tokens, bool ``[B, S]``; nothing is copied to the host or from it.
+
+    Args:
+        sequence: ``input_ids``, or what else is ``[B, S, ...]`` where ``token_ids`` is empty.
+        told: what the model is told of the positions, if it is; it wins.
+        token_ids: placeholders of vision tokens.
+    """
+    if told is not None:
+        return told == 1  # kosmos-2.5 marks the begin and end of a picture with -1
+    mask = torch.zeros(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
+    for token_id in token_ids:
+        mask = mask | (sequence == token_id)
+    return mask
 
 
 def _is_one_of(input_ids: Tensor, ids: set[int]) -> Tensor:

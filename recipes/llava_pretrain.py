@@ -23,7 +23,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from mir_lightning import MIRCallback, SDSCallback
 from mir_lightning.callbacks.captions import CaptionCallback
 from mir_lightning.callbacks.few_shot import FewShotCallback
-from mir_lightning.callbacks.figures import curve_figure
 from mir_lightning.callbacks.loggers import picture_folder
 from mir_lightning.llava.console import MIRProgressBar, closing_report, start_table
 from mir_lightning.llava.data import PretrainingData
@@ -42,6 +41,7 @@ from mir_lightning.llava.sharding import gathered
 from mir_lightning.llava.signals import Preemption
 from mir_lightning.llava.throughput import Throughput
 from mir_lightning.llava.trainer import RecipeTrainer
+from mir_lightning.report import Run, report_figure
 
 RUN_FOLDER = "default_root_dir"  # as a logger's save_dir it stands for trainer.default_root_dir
 
@@ -147,7 +147,7 @@ class RecipeCLI(LightningCLI):
         folder = picture_folder(trainer, callback.name)
         curves = folder / "curves.png"
         if callback.history:
-            curve_figure(callback.history).savefig(curves)
+            report_figure([Run.of(callback.history)]).savefig(curves)
         print(closing_report(trainer, callback, [curves] if callback.history else [], root / "model"))
 
 

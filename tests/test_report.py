@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from mir_lightning import cli
-from mir_lightning.report import Run, correlations, read_run, report_figure
+from mir_lightning.report import Run, correlations, read_run, report_figure, report_page
 
 
 def _write_run(folder, mir, scores=(0.2, 0.5), extra=()):
@@ -16,10 +16,10 @@ def _write_run(folder, mir, scores=(0.2, 0.5), extra=()):
         "step",
         "mir",
         "train/loss",
-        "sds/perception",
-        "sds/reasoning",
-        "sds_chance/perception",
-        "sds_chance/reasoning",
+        "sds_abilities/perception",
+        "sds_abilities/reasoning",
+        "sds_chance_abilities/perception",
+        "sds_chance_abilities/reasoning",
         "mir_probe/perplexity",
         *extra,
     ]
@@ -28,8 +28,8 @@ def _write_run(folder, mir, scores=(0.2, 0.5), extra=()):
         writer.writeheader()
         for step, value in enumerate(mir):
             writer.writerow({"step": step, "train/loss": 3 - step})
-            sds = {"sds/perception": scores[0], "sds/reasoning": scores[1]}
-            sds |= {"sds_chance/perception": 0.25, "sds_chance/reasoning": 0.4}
+            sds = {"sds_abilities/perception": scores[0], "sds_abilities/reasoning": scores[1]}
+            sds |= {"sds_chance_abilities/perception": 0.25, "sds_chance_abilities/reasoning": 0.4}
             writer.writerow(
                 {"step": step, "mir": value, "mir_probe/perplexity": 9.0, **sds, **dict.fromkeys(extra, 1)}
             )
@@ -74,12 +74,48 @@ def test_what_is_no_run_is_named(tmp_path):
         read_run(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.csv", "step,mir\n1,1.5\nx,1.4\n", "row 2: the step must be a finite number, got 'x'"),
+        ("metrics.csv", "step,mir\nnan,1.5\n", "row 1: the step must be a finite number, got 'nan'"),
+        ("metrics.csv", "step,mir\n\x8f\n", "is no CSV file: "),
+        ("metrics.csv", "step,mir\n0,nan\n1,inf\n", "holds no curve"),
+        ("a.json", "[1]", "is no trainer_state.json: it must be an object, got"),
+        (
+            "a.json",
+            '{"log_history": 3}',
+            "is no trainer_state.json: log_history must be a list of one or more, got 3",
+        ),
+        ("a.json", '{"log_history": [3]}', r"is no trainer_state.json: log_history\[0\] must be an object, got 3"),
+        (
+            "a.json",
+            '{"log_history": [{"step": [], "mir": 1}]}',
+            r"row 1: the step must be a finite number, got \[\]",
+        ),
+        ("a.json", "{", "is not JSON"),
+    ],
+)
+def test_damaged_files_are_named_with_the_field(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name},? {message}"):
+        read_run(tmp_path / name)
+
+
+def test_damaged_scores_are_named(tmp_path, capsys):
+    folders = [str(_write_run(tmp_path / f"run{i}", [1.5])) for i in range(3)]
+    for content, message in (("[]", "it must be an object"), ('{"run0": "x"}', "run0 must be a finite number")):
+        (tmp_path / "scores.json").write_text(content)
+        assert cli.main(["report", *folders, "--score", str(tmp_path / "scores.json")]) == 1
+        assert f"scores.json must hold an object of run names and numbers: {message}" in capsys.readouterr().err
+
+
 def test_panels_of_what_there_is(tmp_path):
     figure = report_figure([read_run(_write_run(tmp_path / "a", [1.5, 1.25]))])
     titles = [axes.get_title() for axes in figure.axes if axes.axison]
     assert titles == ["Modality Integration Rate", "Soft Discrimination Score", "Loss", "Held-out perplexity"]
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    assert labels == ["sds/perception", "sds/reasoning", "chance"]
+    assert labels == ["sds_abilities/perception", "sds_abilities/reasoning", "chance"]
     assert [line.get_ydata()[0] for line in figure.axes[1].lines[-2:]] == [0.25, 0.4]  # of each ability
     assert list(figure.axes[0].lines[0].get_ydata()) == [1.5, 1.25]
 
@@ -90,6 +126,15 @@ def test_one_legend_tells_the_runs_apart(tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
     assert [line.get_color() for line in legend.get_lines()] == [line.get_color() for line in figure.axes[0].lines]
     assert figure.axes[0].get_legend() is None
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    names = ["$a_{1}$", "_b<i>"]
+    runs = [Run(name, {"mir": [(0, 1.0), (1, 0.5)]}) for name in names]
+    figure = report_figure(runs)
+    shown = [text._preprocess_math(text.get_text()) for text in figure.legends[0].get_texts()]
+    assert shown == [(name, False) for name in names]
+    assert "_b&lt;i&gt;" in report_page(runs, figure, [], "")
 
 
 def test_rank_correlations_against_scipy():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Okabe and Ito: told apart with any colour vision.
-_MEAN_COLOUR, _COV_COLOUR, _LOSS_COLOUR, _ROBUST_COLOUR = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+_MEAN_COLOUR, _COV_COLOUR = "#0072B2", "#E69F00"
 
 
 def new_figure(width: float = 6.4, height: float = 3.6) -> Figure:
@@ -68,6 +68,7 @@ def layer_comparison_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
     if all(value > 0 for layers in curves.values() for value in layers):
         axes.set_yscale("log")
     _dress(axes, "x", xlabel="decoder layer", ylabel="Fréchet distance")
+    axes.legend(handles=axes.lines, frameon=False)  # names that begin with "_" too
     return figure
 
 
@@ -114,27 +115,6 @@ def token_figure(result: MIRResult, step: int) -> Figure:
         ylabel=f"second component ({shares[-1]:.0%})",
         title=f"Step {step}: tokens after layer {result.sample_layer} of {len(result.layers)}",
     )
-    return figure
-
-
-def curve_figure(history: Sequence[Mapping[str, Any]], name: str = "mir") -> Figure:
-    """A run at a glance: MIR, held-out loss and effective ranks over optimizer steps."""
-    figure = new_figure(10, 3)
-    mir, loss, rank = figure.subplots(1, 3)
-    steps = [point["step"] for point in history]
-    for axes, key, style, colour, label in (
-        (mir, name, "o-", "black", "MIR"),
-        (mir, f"{name}_robust", "x:", _ROBUST_COLOUR, "robust"),
-        (loss, f"{name}_probe/loss", "o-", _LOSS_COLOUR, None),
-        (rank, f"{name}_rank/vision", "o-", _MEAN_COLOUR, "vision"),
-        (rank, f"{name}_rank/text", "s--", _COV_COLOUR, "text"),
-    ):
-        if all(point.get(key) is not None for point in history):
-            axes.plot(steps, [point[key] for point in history], style, color=colour, label=label)
-    step = "optimizer step"
-    _dress(mir, title="Modality Integration Rate", xlabel=step, ylabel="MIR (lower: better aligned)")
-    _dress(loss, title="Held-out caption loss", xlabel=step, ylabel="cross-entropy (nats per token)")
-    _dress(rank, title="Effective rank", xlabel=step, ylabel="dimensions (mean over layers)")
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import traceback
 from importlib.metadata import version
@@ -15,11 +16,14 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["pretrain"]:  # all that follows is the recipe's own
         return pretrain.run(given[1:])
-    options = _parser(given).parse_args(given)
+    options = vars(_parser(given).parse_args(given))
+    command = options.pop("run")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal of few characters cannot show
     try:
-        options.run(options)
+        command(**options, given=frozenset(options)).run()
     except Exception as error:
-        if options.debug:
+        if options.get("debug"):
             traceback.print_exc()
         print(f"mir-lightning: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
@@ -29,13 +33,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser(given: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mir-lightning", description=__doc__)
     parser.add_argument("--version", action="version", version=f"mir-lightning {version('mir-lightning')}")
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--debug", action="store_true", help="show the traceback of a failure")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
     if given[:1] != ["--version"]:
         from mir_lightning.cli import compare, evaluate, probe, report  # seconds: they load PyTorch
+        from mir_lightning.cli.options import add_arguments
 
-        for command in (evaluate, compare, probe, report):
-            command.add_parser(commands, [shared])
-    pretrain.add_parser(commands)
+        for command in (evaluate.Eval, compare.Compare, probe.Probe, report.Report):
+            name, text = command.__name__.lower(), command.__doc__
+            one = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+            add_arguments(one, command)
+            one.set_defaults(run=command)
+    recipe = 'pre-train a model with the recipe: "pretrain fit --config demo", "pretrain fit --help"'
+    commands.add_parser("pretrain", add_help=False, help=recipe)
     return parser

@@ -2,133 +2,79 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
 import gc
-import json
-from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mir_lightning.callbacks import figures
-from mir_lightning.cli.evaluate import add_metric_options, evaluate_source, layer_bars
-from mir_lightning.cli.models import add_model_options
-from mir_lightning.cli.probe import Parsers, add_probe_options
+from mir_lightning.cli.evaluate import evaluate_source, layer_bars
+from mir_lightning.cli.options import EvaluationOptions, option
+from mir_lightning.files import check_json, read_json
+from mir_lightning.report import literal, text_table
 
 _MUST_AGREE = {"source": "probe", "variant": "variant", "text": "text positions"}
-_COLUMNS = (
-    "model",
-    "mir",
-    "robust",
-    "vision rank",
-    "text rank",
-    "vision tokens",
-    "text tokens",
-    "layers",
-    "variant",
-)
+_NEEDED = {
+    **dict.fromkeys(("model", "source", "variant", "text"), str),
+    **dict.fromkeys(("mir", "mir_robust"), float),
+    **dict.fromkeys(("vision_tokens", "text_tokens"), int),
+    "layers": [float],
+    "effective_rank": [[float, float]],
+}
+_PRINTED = {"model": "", "mir": ".4f", "robust": ".4f", "vision rank": ".1f", "text rank": ".1f"}
 
 
-def add_parser(commands: Parsers, parents: list[argparse.ArgumentParser]) -> None:
-    """The ``compare`` command."""
-    parser = commands.add_parser(
-        "compare",
-        parents=parents,
-        help="several results or models on one probe",
-        description="A table of results sorted by MIR, and their layer curves in one picture.",
+@dataclass(kw_only=True)
+class Compare(EvaluationOptions):
+    """Several results or models on one probe: a table sorted by MIR, and their layer curves in one picture."""
+
+    sources: list[str] = option(
+        '.json files of "eval --json", or models to evaluate', MISSING, metavar="RESULT_OR_MODEL", nargs="+"
     )
-    parser.add_argument(
-        "sources", nargs="+", metavar="RESULT_OR_MODEL", help='.json files of "eval --json", or models to evaluate'
-    )
-    parser.add_argument(
-        "--allow-different", action="store_true", help="compare even results of different probes or variants"
-    )
-    add_model_options(parser)
-    add_probe_options(parser)
-    add_metric_options(parser)
-    parser.add_argument("--json", type=Path, help="write all results to this file")
-    parser.add_argument("--csv", type=Path, help="write the table to this file")
-    parser.add_argument("--plot", type=Path, help="draw the layer curves into this file (.png, .pdf, .svg)")
-    parser.set_defaults(run=_run)
+    allow_different: bool = option("compare even results of different probes or variants", False)
 
+    def run(self) -> None:
+        """Read or evaluate, write, print."""
+        records = sorted(map(self._record, self.sources), key=lambda record: record["mir"])
+        differences = []
+        for key, name in _MUST_AGREE.items():
+            values = {str(record[key])[:12]: record["model"] for record in records}
+            if len(values) > 1:
+                differences.append(f"{name} {', '.join(f'{value} ({model})' for value, model in values.items())}")
+        if differences and not self.allow_different:
+            raise ValueError(
+                f"these results are not comparable: {'; '.join(differences)}. --allow-different shows them anyway."
+            )
+        names = [Path(record["model"]).name or record["model"] for record in records]
+        if len(set(names)) < len(names):
+            names = [record["model"] for record in records]
+        named = list(zip(names, records, strict=True))
+        rows = [_row(name, record) for name, record in named]
+        curves = {literal(f"{name} (MIR {record['mir']:.3f})"): record["layers"] for name, record in named}
+        table = [list(rows[0]), *(list(row.values()) for row in rows)]
+        self.write(records, table, lambda: figures.layer_comparison_figure(curves))
+        cells = [[f"{row[key]:{form}}" for key, form in _PRINTED.items()] for row in rows]
+        bars = [layer_bars(record["layers"]) for record in records]
+        lines = [[*row, bar] for row, bar in zip(cells, bars, strict=True)]
+        print(text_table([*_PRINTED, "layers, to the largest"], lines))
+        for difference in differences:
+            print(f"not comparable: {difference}")
 
-def _run(options: argparse.Namespace) -> None:
-    records = sorted((_record(source, options) for source in options.sources), key=lambda record: record["mir"])
-    differences = _differences(records)
-    if differences and not options.allow_different:
-        raise ValueError(
-            f"these results are not comparable: {'; '.join(differences)}. --allow-different shows them anyway."
-        )
-    names = _names(records)
-    print(_table(names, records))
-    for difference in differences:
-        print(f"not comparable: {difference}")
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1))
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([_COLUMNS, *(_row(n, r) for n, r in zip(names, records, strict=True))])
-    if options.plot:
-        figure = figures.layer_comparison_figure(
-            {f"{name} (MIR {r['mir']:.3f})": r["layers"] for name, r in zip(names, records, strict=True)}
-        )
-        figure.savefig(options.plot)
-
-
-def _record(source: str, options: argparse.Namespace) -> dict[str, Any]:
-    if not source.endswith(".json"):
-        record = evaluate_source(source, options)
-        gc.collect()  # the model is in reference cycles, and the next one may not fit beside it
+    def _record(self, source: str) -> dict[str, Any]:
+        if source.endswith(".json"):
+            record = read_json(source)
+            check_json(f'{source} is no result of "mir-lightning eval --json"', record, _NEEDED)
+        else:
+            record = evaluate_source(source, self)
+            gc.collect()  # the model is in reference cycles, and the next one may not fit beside it
         return record
-    try:
-        record = json.loads(Path(source).read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or not {"mir", "mir_robust", "layers", "source", "variant"} <= record.keys():
-        raise ValueError(f'{source} is no result of "mir-lightning eval --json".')
-    return record
 
 
-def _differences(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What differs that should not, each with its values."""
-    found = []
-    for key, name in _MUST_AGREE.items():
-        values = {str(record[key])[:12]: record["model"] for record in records}
-        if len(values) > 1:
-            found.append(f"{name} " + ", ".join(f"{value} ({model})" for value, model in values.items()))
-    return found
-
-
-def _names(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Last part of each model's path, or all of it where that is not enough to tell them apart."""
-    short = [Path(record["model"]).name for record in records]
-    return short if len(set(short)) == len(short) else [record["model"] for record in records]
-
-
-def _row(name: str, record: dict[str, Any]) -> list[Any]:
-    layers = len(record["layers"])
-    ranks = [sum(column) / layers for column in zip(*record["effective_rank"], strict=True)]
-    return [
-        name,
-        record["mir"],
-        record["mir_robust"],
-        *ranks,
-        record["vision_tokens"],
-        record["text_tokens"],
-        layers,
-        record["variant"],
-    ]
-
-
-def _table(names: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
-    width = max(len("model"), *(len(name) for name in names))
-    lines = [
-        f"{'model':<{width}}  {'MIR':>7}  {'robust':>7}  {'vision rank':>11}  {'text':>6}  layers, to the largest"
-    ]
-    for name, record in zip(names, records, strict=True):
-        _, mir, robust, vision_rank, text_rank, *_ = _row(name, record)
-        lines.append(
-            f"{name:<{width}}  {mir:>7.4f}  {robust:>7.4f}  {vision_rank:>11.1f}  {text_rank:>6.1f}  "
-            f"{layer_bars(record['layers'])}"
-        )
-    return "\n".join(lines)
+def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table, by column."""
+    vision, text = (fmean(column) for column in zip(*record["effective_rank"], strict=True))
+    row = {"model": name, "mir": record["mir"], "robust": record["mir_robust"]}
+    row |= {"vision rank": vision, "text rank": text}
+    row |= {"vision tokens": record["vision_tokens"], "text tokens": record["text_tokens"]}
+    return row | {"layers": len(record["layers"]), "variant": record["variant"]}

@@ -2,140 +2,121 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
+import inspect
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mir_lightning.callbacks import figures
-from mir_lightning.cli.models import add_model_options, load_model, load_processor
-from mir_lightning.cli.probe import Parsers, add_probe_options, choose_pairs, load_probe, make_probe, source_of
-from mir_lightning.functional.mir import Variant
+from mir_lightning.cli.models import load_model, load_processor
+from mir_lightning.cli.options import AUTO_BATCH_SIZE, EvaluationOptions, ProbeOptions, option
+from mir_lightning.cli.probe import choose_pairs, source_of
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
-from mir_lightning.probing.pairs import Pair
+from mir_lightning.probing.pairs import PairProbe
 from mir_lightning.probing.probe import Probe
+from mir_lightning.report import literal
 from mir_lightning.vlm import find_vlm
 
-_BARS = "▁▂▃▄▅▆▇█"
+
+@dataclass(kw_only=True)
+class Eval(EvaluationOptions):
+    """Modality Integration Rate of a Hugging Face vision-language model, a PEFT adapter or a recipe checkpoint."""
+
+    model: str = option("folder or hub id of a model or an adapter, or a .ckpt of the recipe", MISSING)
+
+    def run(self) -> None:
+        """Evaluate, write, print."""
+        record = evaluate_source(self.model, self)
+        columns, rows = figures.layer_table(record)
+        title = literal(f"{Path(self.model).name or self.model}: MIR {record['mir']:.3f}")
+        self.write(record, [columns, *rows], lambda: figures.layer_figure(record, title))
+        print(summary(record))
 
 
-def add_parser(commands: Parsers, parents: list[argparse.ArgumentParser]) -> None:
-    """The ``eval`` command."""
-    parser = commands.add_parser(
-        "eval",
-        parents=parents,
-        help="Modality Integration Rate of a model",
-        description="Modality Integration Rate of a Hugging Face vision-language model, a PEFT adapter, or a "
-        "checkpoint of the recipe, on images and texts.",
-    )
-    parser.add_argument("model", help="folder or hub id of a model or an adapter, or a .ckpt of the recipe")
-    add_model_options(parser)
-    add_probe_options(parser)
-    add_metric_options(parser)
-    parser.add_argument("--json", type=Path, help="write the whole result to this file")
-    parser.add_argument("--csv", type=Path, help="write the table of layers to this file")
-    parser.add_argument("--plot", type=Path, help="draw the layer curve into this file (.png, .pdf, .svg)")
-    parser.set_defaults(run=_run)
+def evaluate_source(source: str, options: EvaluationOptions) -> dict[str, Any]:
+    """The whole result for a model named on the command line, as it is written to ``--json``.
 
-
-def add_metric_options(parser: argparse.ArgumentParser) -> None:
-    """How to measure."""
-    group = parser.add_argument_group("metric")
-    group.add_argument("--variant", choices=get_args(Variant), default="paper", help="(default: %(default)s)")
-    group.add_argument(
-        "--layers", help="dotted path of the decoder layers inside the model, if not found by itself"
-    )
-    group.add_argument("--image-token-id", type=int, help="placeholder of vision tokens, if the config is wrong")
-    group.add_argument("--no-check", action="store_true", help="skip the self-check of the vision mask")
-    group.add_argument("--no-progress", action="store_true", help="show no progress bar")
-
-
-def evaluate_source(source: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The whole result for a model named on the command line, as it is written to ``--json``."""
+    Raises:
+        ValueError: for options that a saved probe would ignore, or a model whose weights are not finite.
+    """
     if options.probe is not None:
-        probe, origin = load_probe(options.probe)
+        probe, notes = Probe.load(options.probe)
+        saved = set(inspect.get_annotations(ProbeOptions)) - ({"text"} - notes.keys())
+        if ignored := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options.given & saved)):
+            raise ValueError(f"--probe {options.probe} is as it was saved, which {ignored} cannot change.")
+        text: Any = notes.get("text", options.text)
+        options = replace(options, text=text)
+        origin, prompt = notes.get("source", probe.fingerprint), "as saved"
         result = _evaluate(load_model(source, options), probe, options)
-        prompt = "as saved"
     else:
         pairs = choose_pairs(options)
-        origin = source_of(pairs)
-        processor, model = load_processor(source, options), load_model(source, options)
-        result, prompt = _evaluate_in_memory(model, processor, pairs, options)
+        origin, size = source_of(pairs), options.batch_size or AUTO_BATCH_SIZE
+        processor, model = load_processor(source, options.processor), load_model(source, options)
+        while True:
+            made = PairProbe(processor, find_vlm(model).config, pairs, size, options.prompt, options.text)
+            prompt = made.prompt or "chat template"
+            try:
+                result = _evaluate(model, made, options)
+                break
+            except torch.OutOfMemoryError:  # of batches that the engine cannot cut
+                size = len(made.pairs[0]) // 2
+                if options.batch_size is not None or size == 0:
+                    raise
     plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(result).items() if k != "sample"}
     return {"model": source, "source": origin, "prompt": prompt, **plain}
 
 
-def _evaluate_in_memory(
-    model: nn.Module, processor: Any, pairs: Sequence[Pair], options: argparse.Namespace
-) -> tuple[MIRResult, str]:
-    """Result and prompt; with smaller batches where automatic ones do not fit and the engine cannot cut them."""
-    settings = argparse.Namespace(**vars(options))
-    while True:
-        probe = make_probe(pairs, processor, find_vlm(model).config, settings)
-        try:
-            return _evaluate(model, probe, options), probe.prompt or "chat template"
-        except torch.OutOfMemoryError:
-            size = len(probe.pairs[0])
-            if options.batch_size is not None or size == 1:
-                raise
-            settings.batch_size = size // 2
+def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions) -> MIRResult:
+    try:
+        return evaluate_mir(
+            model,
+            probe,
+            options.variant,
+            options.text,
+            layers=options.layers,
+            image_token_id=options.image_token_id,
+            check=not options.no_check,
+            progress=None if options.no_progress else "probe",
+        )
+    except ValueError as error:
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and not weight.is_meta and not weight.float().isfinite().all():
+                raise ValueError(f"the model has diverged: its weight {name} is not finite.") from error
+        raise
 
 
-def _evaluate(model: nn.Module, probe: Probe, options: argparse.Namespace) -> MIRResult:
-    return evaluate_mir(
-        model,
-        probe,
-        options.variant,
-        options.text,
-        layers=options.layers,
-        image_token_id=options.image_token_id,
-        check=not options.no_check,
-        progress=None if options.no_progress else "probe",
-    )
-
-
-def _run(options: argparse.Namespace) -> None:
-    record = evaluate_source(options.model, options)
-    print(summary(record))
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1))
-    columns, rows = figures.layer_table(record)
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-    if options.plot:
-        figures.layer_figure(record, f"{Path(options.model).name}: MIR {record['mir']:.3f}").savefig(options.plot)
-
-
-def summary(record: dict[str, Any]) -> str:
+def summary(record: Mapping[str, Any]) -> str:
     """The number, what it was measured on, and the curve by layer in one line."""
-    outliers, massive = (
-        [sum(column) for column in zip(*record[key], strict=True)] for key in ("outliers", "massive")
-    )
-    tokens = (record["vision_tokens"], record["text_tokens"])
-    shares = [count / (total * len(record["layers"])) for count, total in zip(massive, tokens, strict=True)]
-    ranks = [sum(column) / len(record["layers"]) for column in zip(*record["effective_rank"], strict=True)]
-    lines = [
-        f"MIR {record['mir']:.4f} ({record['variant']}; lower is better aligned)",
-        f"  robust    {record['mir_robust']:.4f}",
-        f"  prompt    {json.dumps(record['prompt'])}",
-        f"  tokens    {tokens[0]} vision, {tokens[1]} text ({record['text']})",
-        f"  outliers  {outliers[0]} vision, {outliers[1]} text, over {len(record['layers'])} layers",
-        f"  massive   {shares[0]:.1%} of vision, {shares[1]:.1%} of text tokens",
-        f"  rank      {ranks[0]:.1f} vision, {ranks[1]:.1f} text (mean over layers)",
-        f"  layers    {layer_bars(record['layers'])}  {min(record['layers']):.3g} to {max(record['layers']):.3g}",
-        f"  seconds   {record['seconds']:.1f}",
-    ]
-    return "\n".join(lines)
+    layers, tokens = record["layers"], (record["vision_tokens"], record["text_tokens"])
+    out, massive, rank = (list(zip(*record[k], strict=True)) for k in ("outliers", "massive", "effective_rank"))
+    shares = [fmean(counts) / total for counts, total in zip(massive, tokens, strict=True)]
+    lines = {
+        "robust": f"{record['mir_robust']:.4f}",
+        "prompt": json.dumps(record["prompt"]),
+        "tokens": f"{tokens[0]} vision, {tokens[1]} text ({record['text']})",
+        "outliers": f"{sum(out[0])} vision, {sum(out[1])} text, over {len(layers)} layers",
+        "massive": f"{shares[0]:.1%} of vision, {shares[1]:.1%} of text tokens",
+        "rank": f"{fmean(rank[0]):.1f} vision, {fmean(rank[1]):.1f} text (mean over layers)",
+        "layers": f"{layer_bars(layers)}  {min(layers):.3g} to {max(layers):.3g}",
+        "seconds": f"{record['seconds']:.1f}",
+    }
+    first = f"MIR {record['mir']:.4f} ({record['variant']}; lower is better aligned)"
+    return "\n".join([first, *(f"  {name:<8}  {line}" for name, line in lines.items())])
 
 
-def layer_bars(layers: list[float]) -> str:
-    """The layers' distances as a row of bars, the longest one the largest."""
+def layer_bars(layers: Sequence[float]) -> str:
+    """The layers' distances as a row of bars, the longest one the largest; digits where bars cannot be printed."""
+    bars = "▁▂▃▄▅▆▇█"
+    try:
+        bars.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        bars = "12345678"
     top = max(*layers, 1e-300)
-    return "".join(_BARS[min(len(_BARS) - 1, int(max(value, 0) / top * len(_BARS)))] for value in layers)
+    return "".join(bars[min(len(bars) - 1, int(max(value, 0) / top * len(bars)))] for value in layers)

@@ -6,16 +6,6 @@ import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-
-def add_parser(commands: Any) -> None:
-    """The ``pretrain`` command, as the list of commands shows it."""
-    commands.add_parser(
-        "pretrain",
-        add_help=False,
-        help='pre-train a model with the recipe: "pretrain fit --config demo", "pretrain fit --help"',
-    )
 
 
 def run(arguments: list[str]) -> int:
@@ -42,21 +32,19 @@ def recipe_folder() -> Path:
 def _with_files(arguments: list[str], configs: Path) -> list[str]:
     """The arguments, with the files of shipped configs in the place of their names."""
     shipped = {file.relative_to(configs).with_suffix("").as_posix(): file for file in configs.glob("**/*.yaml")}
+
+    def file_of(config: str) -> str:
+        if not Path(config).is_file() and config not in shipped:
+            known = ", ".join(sorted(shipped))
+            raise ValueError(f"--config {config}: no such file, and none of the shipped: {known}.")
+        return config if Path(config).is_file() else str(shipped[config])
+
     resolved = []
-    for place, argument in enumerate(arguments):
+    for before, argument in zip(["", *arguments], arguments, strict=False):
         option, sign, value = argument.partition("=")
-        if option == "--config" and sign:
-            resolved.append(f"--config={_file(value, shipped)}")
-        elif place and arguments[place - 1] == "--config":
-            resolved.append(str(_file(argument, shipped)))
-        else:
-            resolved.append(argument)
+        if before == "--config":
+            argument = file_of(argument)
+        elif option == "--config" and sign:
+            argument = f"--config={file_of(value)}"
+        resolved.append(argument)
     return resolved
-
-
-def _file(config: str, shipped: dict[str, Path]) -> Path:
-    if Path(config).is_file():
-        return Path(config)
-    if config in shipped:
-        return shipped[config]
-    raise ValueError(f"--config {config}: no such file, and none of the shipped: {', '.join(sorted(shipped))}.")

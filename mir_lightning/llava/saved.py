@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from mir_lightning import moca
 from mir_lightning.functional.checks import check_loaded
 from mir_lightning.llava.schedule import Part, parameters_of
-from mir_lightning.moca.saving import load_moca
+from mir_lightning.moca import load_moca
 
 _VLM_PREFIX = "vlm."  # where the recipe's LightningModule keeps the model
 _ADAPTER_PREFIX = "base_model.model."  # of every name in a file of peft

@@ -11,13 +11,14 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-_POSITION_MASK = "image_embeds_position_mask"  # how kosmos-2 and kosmos-2.5 are told
+from mir_lightning.vlm import POSITION_MASK, vision_positions
 
 
 class _Call(NamedTuple):
@@ -78,11 +79,10 @@ class MaskTracker:
 
     def watch(self, module: nn.Module, outermost: bool) -> None:
         """Follow the calls of one of the model objects around the layers."""
-        entrance = _Entrance(self, module, outermost)
-        self._handles += [
-            module.register_forward_pre_hook(entrance.enter, with_kwargs=True),
-            module.register_forward_hook(entrance.leave, always_call=True),
-        ]
+        names = list(inspect.signature(module.forward).parameters)
+        enter = partial(self._enter, names, outermost)
+        self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def unwatch(self) -> None:
         """Remove all hooks."""
@@ -95,7 +95,7 @@ class MaskTracker:
         Raises:
             ValueError: if no mask is known.
         """
-        call = self.innermost()
+        call = self._innermost()
         if call is not None and call.idle:
             return None
         mask = None if call is None else call.mask
@@ -110,54 +110,29 @@ class MaskTracker:
             )
         return mask
 
-    def innermost(self) -> _Call | None:
-        """The innermost call under way."""
-        for call in reversed(_thread.calls):
-            if call.tracker is self:
-                return call
-        return None
+    def _innermost(self) -> _Call | None:
+        return next((call for call in reversed(_thread.calls) if call.tracker is self), None)
 
-
-class _Entrance:
-    """The hooks on one model object."""
-
-    def __init__(self, tracker: MaskTracker, module: nn.Module, outermost: bool) -> None:
-        self._tracker = tracker
-        self._outermost = outermost
-        self._names = tuple(inspect.signature(module.forward).parameters)
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        mask = self._mask(inputs)
+    def _enter(self, names: list[str], outermost: bool, module: nn.Module, args: Any, kwargs: Any) -> None:
+        mask = self._mask({**dict(zip(names, args, strict=False)), **kwargs}, names, outermost)
         # Decoding steps have no vision token. In training the parameters stay in the graph, for DDP.
         in_use = mask is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or bool(mask.any())
-        _thread.calls.append(_Call(self._tracker, module, mask, idle=not in_use))
+        _thread.calls.append(_Call(self, module, mask, idle=not in_use))
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if _thread.calls and _thread.calls[-1].module is module:
             _thread.calls.pop()
 
-    def _mask(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        sequence = embeds if input_ids is None else input_ids
-        if sequence is None:
-            return self._inherited()
-        if _thread.explicit:
+    def _mask(self, inputs: Mapping[str, Any], names: list[str], outermost: bool) -> Tensor | None:
+        input_ids = inputs.get("input_ids")
+        sequence = inputs.get("inputs_embeds") if input_ids is None else input_ids
+        token_ids = () if input_ids is None else self.token_ids
+        if sequence is not None and _thread.explicit:
             return _at_positions(_thread.explicit[-1], sequence, inputs.get("past_key_values"))
-        if _POSITION_MASK in self._names:
-            given = inputs.get(_POSITION_MASK)
-            return sequence.new_zeros(sequence.shape[:2], dtype=torch.bool) if given is None else given.bool()
-        if input_ids is None or not self._tracker.token_ids:
-            return self._inherited()
-        first, *more = self._tracker.token_ids
-        mask = input_ids == first
-        for token_id in more:
-            mask = mask | (input_ids == token_id)
-        return mask
-
-    def _inherited(self) -> Tensor | None:
-        """An inner model object that is not told goes by the call it is in; the outermost one does not know."""
-        call = None if self._outermost else self._tracker.innermost()
+        if sequence is not None and (token_ids or POSITION_MASK in names):
+            return vision_positions(sequence, inputs.get(POSITION_MASK), token_ids)
+        # An inner model object that is not told goes by the call it is in; the outermost one does not know.
+        call = None if outermost else self._innermost()
         return None if call is None else call.mask
 
 

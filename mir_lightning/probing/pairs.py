@@ -64,7 +64,7 @@ def _files(folder: Path, suffixes: set[str], name: str) -> list[Path]:
 
 def _choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T]:
     if len(found) < num:
-        raise ValueError(f"{what} holds {len(found)}, {num} are needed.")
+        raise ValueError(f"{what} holds {len(found)}, {num} are needed (num; on the command line --num).")
     return list(found[:num]) if seed is None else random.Random(seed).sample(list(found), num)
 
 

@@ -13,8 +13,9 @@ from typing import Any, Union
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from mir_lightning.files import save_tensors
 
 Batch = Mapping[str, Any]
 ProbeLike = Union["Probe", Iterable[Batch], Callable[[], Union["Probe", Iterable[Batch]]]]
@@ -98,7 +99,7 @@ class Probe:
                 )
             tensors |= {f"{index}.{key}": value.contiguous() for key, value in batch.items()}
         header = {**notes, "format": _FILE_FORMAT, "batches": str(len(self)), "fingerprint": self.fingerprint}
-        save_file(tensors, path, metadata=header)
+        save_tensors(tensors, path, header)
 
     @classmethod
     def load(cls, path: str | Path) -> tuple[Probe, dict[str, str]]:

@@ -334,7 +334,11 @@ def test_a_model_that_is_not_hugging_faces(tmp_path):
     expected = modality_integration_rate(vision, text).item()
     assert callback.history[-1]["mir"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match=r'no Hugging Face config .* give each probe batch a "vision_mask"'):
-        fit(tmp_path, [MIRCallback([_hand_batch(1)], hidden_states=callback.places["hidden_states"])], HandWrittenTraining())
+        fit(
+            tmp_path,
+            [MIRCallback([_hand_batch(1)], hidden_states=callback.places["hidden_states"])],
+            HandWrittenTraining(),
+        )
 
 
 def test_a_failed_evaluation_warns_once_and_training_goes_on_unchanged(tmp_path, probe):

@@ -43,3 +43,36 @@ def test_what_is_not_comparable_is_refused(run, shared, results, tmp_path):
     for name, content, message in (("a.json", "{", "is not JSON"), ("b.json", "[]", "is no result")):
         (tmp_path / name).write_text(content)
         assert message in run("compare", tmp_path / name, pairs=False).err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": []}, "layers must be a list of one or more"),
+        ({"model": None}, "model must be a text"),
+        ({"mir": "low"}, "mir must be a finite number, got 'low'"),
+        ({"mir_robust": float("nan")}, "mir_robust must be a finite number, got nan"),
+        ({"effective_rank": [[1.0]]}, "effective_rank[0] must be a list of 2"),
+        ({"vision_tokens": "many"}, "vision_tokens must be a whole number"),
+    ],
+)
+def test_damaged_results_are_named_with_the_field(run, results, change, message):
+    results[0].write_text(json.dumps(json.loads(results[0].read_text()) | change))
+    done = run("compare", results[0], pairs=False)
+    assert done.status == 1
+    assert f'{results[0]} is no result of "mir-lightning eval --json": {message}' in done.err
+
+
+def test_names_are_shown_as_they_are(run, results, tmp_path, monkeypatch):
+    """Neither as mathematics, nor as markup, nor hidden from the legend for a leading underscore."""
+    names = ["$a_{1}$", "_b[red]"]
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, place: figures.append(figure))
+    for name, file in zip(names, results, strict=False):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model": f"models/{name}"}))
+    done = run("compare", *results[:2], "--plot", tmp_path / "curves.png", pairs=False)
+    assert sorted(line.split()[0] for line in done.out.splitlines()[1:]) == names
+    texts = figures[0].axes[0].get_legend().get_texts()
+    shown = sorted(text._preprocess_math(text.get_text()) for text in texts)
+    assert [math for _, math in shown] == [False, False]
+    assert [text.split(" (MIR")[0] for text, _ in shown] == names

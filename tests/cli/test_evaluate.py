@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import shutil
 
@@ -62,7 +63,7 @@ def test_automatic_batches_shrink_where_the_engine_cannot_cut_them(run, shared, 
             return {**super().__getitem__(index), "not_by_row": torch.ones(1, 2)}
 
     monkeypatch.setattr(type(shared.model), "forward", refuse_three)
-    monkeypatch.setattr("mir_lightning.cli.probe.PairProbe", Uncut)
+    monkeypatch.setattr("mir_lightning.cli.evaluate.PairProbe", Uncut)
     assert run("eval", shared.root / "model", "--no-check").status == 0
     assert tried == [3, 1, 1, 1]
     assert (
@@ -119,7 +120,8 @@ def test_a_lightning_checkpoint_of_the_recipe(run, shared, tmp_path):
 def test_failures_are_one_line_and_status_1(run, shared, tmp_path):
     done = run("eval", shared.root / "model", "--images", tmp_path, "--texts", tmp_path, pairs=False)
     assert done.status == 1
-    assert done.err.splitlines()[-1] == f"mir-lightning: images: {tmp_path} holds 0, 100 are needed."
+    last = done.err.splitlines()[-1]
+    assert last == f"mir-lightning: images: {tmp_path} holds 0, 100 are needed (num; on the command line --num)."
     assert "Traceback" not in done.err
     assert "Traceback" in run("eval", tmp_path / "nowhere", "--debug").err
     assert run("eval", shared.root / "model", pairs=False).err.endswith("or --data, or --probe.\n")
@@ -138,3 +140,28 @@ def test_bad_usage_is_status_2(arguments, capsys):
 def test_layer_bars():
     assert layer_bars([0.0, 0.5, 1.0]) == "▁▅█"
     assert layer_bars([0.0, 0.0]) == "▁▁"
+
+
+def test_a_terminal_without_bars(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert layer_bars([0.0, 0.5, 1.0]) == "158"
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "language_model.layers.1"])
+def test_a_model_that_has_diverged_is_told_by_a_weight(run, shared, tmp_path, part):
+    model = type(shared.model).from_pretrained(shared.root / "model")
+    name, weight = next((n, p) for n, p in model.named_parameters() if part in n)
+    weight.data.flatten()[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    shared.processor.save_pretrained(tmp_path)
+    done = run("eval", tmp_path)
+    assert done.status == 1
+    assert f"the model has diverged: its weight {name} is not finite." in done.err
+
+
+def test_a_line_break_in_the_prompt(run, shared):
+    typed, pasted = (
+        run("eval", shared.root / "model", "--prompt", p) for p in ("{image}\n{text}", r"{image}\n{text}")
+    )
+    assert typed.status == pasted.status == 0
+    assert typed.out.splitlines()[:-1] == pasted.out.splitlines()[:-1]

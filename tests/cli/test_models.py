@@ -44,7 +44,7 @@ def qwen_folder(shared, tmp_path):
 
 def test_a_processor_with_a_video_part_serves_images_without_torchvision(qwen_folder, shared):
     folder, model = qwen_folder
-    processor = load_processor(str(folder), Namespace(processor=None))
+    processor = load_processor(str(folder))
     pairs = read_pairs(shared.root / "images", shared.root / "texts", 3)
     probe = PairProbe(processor, model.config, pairs, 3)
     batch = probe[0]

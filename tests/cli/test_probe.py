@@ -18,6 +18,16 @@ def test_a_saved_probe_gives_the_same_number(run, shared, tmp_path):
         assert again[key] == first[key]
     assert first["fingerprint"] in made.out
     assert Probe.load(tmp_path / "probe.safetensors")[1]["text"] == "after_vision"
+    assert (tmp_path / "probe.safetensors").stat().st_mode == (tmp_path / "out.json").stat().st_mode
+    for ignored in (
+        ["--num", 3],
+        ["--text", "after_vision"],
+        ["--batch-size", "auto"],
+        ["--prompt", "{image}{text}"],
+    ):
+        refused = run(*arguments, "--probe", tmp_path / "probe.safetensors", *ignored, pairs=False)
+        assert refused.status == 1
+        assert f"is as it was saved, which {ignored[0]} cannot change." in refused.err
 
 
 def test_llava_format_data(run, shared, tmp_path):
@@ -38,7 +48,7 @@ def test_llava_format_data(run, shared, tmp_path):
     assert "tokens    30 vision" in run(*arguments, "--image-folder", shared.root / "images", pairs=False).out
     assert "3 of 3 pairs have images that cannot be read" in run(*arguments, pairs=False).err
     outside = run(*arguments, "--image-folder", shared.root / "images" / "..", "--num", 4, pairs=False)
-    assert "holds 3 records with images, 4 are needed" in outside.err
+    assert "holds 3 records with images, 4 are needed (--num)" in outside.err
 
 
 def test_unreadable_images_are_named_and_counted(run, shared, tmp_path):

@@ -1,0 +1,133 @@
+"""Options of the commands: a command is a dataclass, each of its fields an argument."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import os
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from mir_lightning.functional.mir import Variant
+from mir_lightning.vlm import TextPositions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AUTO_BATCH_SIZE = 8  # at most
+
+
+def option(help: str, default: Any = None, **settings: Any) -> Any:
+    """A field that is an option, or without default (``MISSING``) a positional argument; settings of argparse."""
+    shown = "" if default in (None, False, MISSING) else f" (default: {default})"
+    return field(default=default, metadata={"help": help + shown, **settings})
+
+
+def add_arguments(parser: ArgumentParser, command: type) -> None:
+    """The fields of a command as arguments, a group for each class that it inherits from."""
+    hints = get_type_hints(command)
+    for owner in reversed(command.__mro__[:-1]):
+        group = parser if owner is command else parser.add_argument_group((owner.__doc__ or "").rstrip("."))
+        own = inspect.get_annotations(owner)
+        for item in (item for item in fields(command) if item.name in own and item.metadata):
+            settings, kind = dict(item.metadata), hints[item.name]
+            names = [f"--{item.name.replace('_', '-')}", *settings.pop("short", ())]
+            if kind is bool:
+                settings["action"] = "store_true"
+            elif get_origin(kind) is Literal:
+                settings["choices"] = get_args(kind)
+            else:
+                settings.setdefault("type", (get_args(kind) or (kind,))[0])
+            group.add_argument(*(names if item.default is not MISSING else [item.name]), **settings)
+
+
+def at_least_one(value: str) -> int:
+    """An argument that counts something."""
+    if not value.isdigit() or int(value) < 1:
+        raise ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def output_file(value: str) -> Path:
+    """A file to write, looked at before the work that gives its contents."""
+    path = Path(value)
+    regular = path.is_file() or not path.exists()
+    if not regular or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ArgumentTypeError(f"must be a regular file, or a new one, where one may write, got {value!r}")
+    return path
+
+
+def picture_file(value: str) -> Path:
+    """A file to draw into, of a format that matplotlib knows."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise ArgumentTypeError('pictures need matplotlib: pip install "mir-lightning[recipes]"') from error
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(value).suffix[1:].lower() not in known:
+        raise ArgumentTypeError(f"must end in .{', .'.join(known)}, got {value!r}")
+    return output_file(value)
+
+
+@dataclass(kw_only=True)
+class Command:
+    """All commands."""
+
+    debug: bool = option("show the traceback of a failure", False)
+    given: frozenset[str] = frozenset()  # names of the arguments that were not left to their defaults
+
+
+@dataclass(kw_only=True)
+class ProbeOptions(Command):
+    """Probe: image i, then text i, of --images and --texts, or of --data."""
+
+    images: Path | None = option("folder of pictures")
+    texts: Path | None = option("folder of .txt, .story (up to @highlight) or .jsonl files, or one .jsonl file")
+    data: Path | None = option("LLaVA-format .json or .jsonl file instead")
+    image_folder: Path | None = option("folder that the paths in --data start from")
+    num: int = option("pairs", 100, type=at_least_one)
+    seed: int | None = option("draw the pairs at random; without it, the first by name")
+    batch_size: int | None = option(
+        "pairs a batch (default: auto)", type=lambda n: None if n == "auto" else at_least_one(n), metavar="N|auto"
+    )
+    prompt: str | None = option(
+        r"format with {image}, {text} and \n for a line break, instead of the chat template",
+        type=lambda prompt: prompt.replace(r"\n", "\n"),
+    )
+    text: TextPositions = option("which positions count as text", "after_vision")
+    max_unreadable: float = option("share of pairs whose images may be unreadable", 0.01, metavar="SHARE")
+    processor: str | None = option("folder or hub id of the processor, if it is not beside the model")
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions(ProbeOptions):
+    """Evaluation."""
+
+    probe: Path | None = option('file that "mir-lightning probe" wrote, instead of all of the above')
+    device: str = option("torch device; auto is cuda if there is one", "auto")
+    device_map: str | None = option('"auto" spreads the model over devices (needs accelerate)', metavar="MAP")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "of the weights; auto is the saved one, on a CPU float32 where it would have to emulate that", "auto"
+    )
+    variant: Variant = option("of the metric", "paper")
+    layers: str | None = option("dotted path of the decoder layers inside the model, if not found by itself")
+    image_token_id: int | None = option("placeholder of vision tokens, if the config is wrong")
+    no_check: bool = option("skip the self-check of the vision mask", False)
+    no_progress: bool = option("show no progress bar", False)
+    json: Path | None = option("write everything to this file", type=output_file)
+    csv: Path | None = option("write the table to this file", type=output_file)
+    plot: Path | None = option("draw the layers into this file (.png, .pdf, .svg)", type=picture_file)
+
+    def write(self, result: Any, table: Iterable[Iterable[Any]], figure: Callable[[], Figure]) -> None:
+        """Write what ``--json``, ``--csv`` and ``--plot`` ask for."""
+        if self.json:
+            self.json.write_text(json.dumps(result, indent=1))
+        if self.csv:
+            with self.csv.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(table)
+        if self.plot:
+            figure().savefig(self.plot)

@@ -1,0 +1,83 @@
+"""What goes for all commands: outputs that are looked at first, help, terminals of few characters."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mir_lightning import cli
+
+PROBE = "processor images texts data image-folder num seed batch-size prompt text max-unreadable debug "
+EVALUATION = (
+    "device device-map dtype probe variant layers image-token-id no-check no-progress json csv plot " + PROBE
+)
+FLAGS = {
+    "eval": EVALUATION,
+    "compare": "allow-different " + EVALUATION,
+    "probe": "output " + PROBE,
+    "report": "score html plot debug",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_names_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{flag}" in shown for flag in FLAGS[command].split())
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ("--json", "nowhere/out.json"),
+        ("--csv", "."),
+        ("--json", "/dev/null"),
+        ("--plot", "curve.xyz"),
+        ("--plot", "nowhere/curve.png"),
+    ],
+)
+def test_outputs_are_refused_before_the_work(run, shared, tmp_path, option, place, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("eval", tmp_path / "no model", option, tmp_path / place)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert f"argument {option}: must" in message
+    assert str(tmp_path / place) in message
+
+
+def test_files_are_written_before_anything_is_printed(run, shared, tmp_path, monkeypatch):
+    with Path(os.devnull).open() as not_writable:
+        monkeypatch.setattr(sys, "stdout", not_writable)
+        files = [tmp_path / name for name in ("out.json", "out.csv", "out.png")]
+        assert (
+            run("eval", shared.root / "model", "--json", files[0], "--csv", files[1], "--plot", files[2]).status
+            == 1
+        )
+    assert all(file.stat().st_size > 100 for file in files)
+
+
+def test_a_terminal_of_few_characters(shared, tmp_path):
+    (tmp_path / "modèle").symlink_to(shared.root / "model")
+    arguments = [
+        "compare",
+        tmp_path / "modèle",
+        "--images",
+        shared.root / "images",
+        "--texts",
+        shared.root / "texts",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "mir_lightning", *map(str, [*arguments, "--num", 3, "--no-progress"])],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        cwd=Path(cli.__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.decode("ascii").splitlines()[1]
+    assert line.startswith(r"mod\xe8le ")
+    assert set(line.split()[-1]) <= set("12345678")
+    assert "8" in line.split()[-1]
