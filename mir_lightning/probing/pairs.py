@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from mir_lightning.files import read_json_lines
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.probing.images import read_image
 from mir_lightning.probing.probe import Batch, Probe, batch_digest, checked_batch
@@ -69,17 +69,10 @@ def _choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T
 
 
 def _texts(path: Path) -> list[str]:
-    content = path.read_text("utf-8-sig")
     if path.suffix != ".jsonl":
-        return [content.split("@highlight")[0].strip()]
+        return [path.read_text("utf-8-sig").split("@highlight")[0].strip()]
     texts = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+    for number, value in read_json_lines(path):
         text = value.get("text") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise ValueError(f'{path}, line {number} must be a text or an object with a "text".')

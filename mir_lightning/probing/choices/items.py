@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
+from mir_lightning.files import read_json_lines
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.probing.images import read_image
 
@@ -137,19 +137,11 @@ def load_choice_items(path: str | Path, max_distractors: int | None = None, seed
             :func:`check_items`).
     """
     path = Path(path)
-    lines = path.read_text("utf-8-sig").split("\n")
-    rows = ((number, _json_object(path, number, line)) for number, line in enumerate(lines, 1) if line.strip())
+    rows = list(read_json_lines(path))
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number} must be a JSON object, got {type(row).__name__}.")
     return check_items(_item_of(row, path.parent, f"line {number}", max_distractors, seed) for number, row in rows)
-
-
-def _json_object(path: Path, number: int, line: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {number} is not JSON: {error}.") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}: line {number} must be a JSON object, got {type(row).__name__}.")
-    return row
 
 
 def _item_of(

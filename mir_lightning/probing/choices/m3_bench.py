@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mir_lightning.files import read_json
 from mir_lightning.probing.choices.items import IMAGE, ChoiceItem, check_items, sample_distractors
 
 ABILITIES = {
@@ -102,10 +102,7 @@ def _task_items(folder: Path, max_distractors: int | None, seed: int) -> Iterato
 
 
 def _questions(file: Path) -> Mapping[str, Mapping[str, Any]]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
+    found = read_json(file)
     if not isinstance(found, dict) or not all(isinstance(row, dict) for row in found.values()):
         raise ValueError(f"{file} must hold an object of questions by id.")
     return found
