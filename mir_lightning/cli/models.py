@@ -18,8 +18,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, pr
 
 from mir_lightning.functional.checks import check_loaded
 from mir_lightning.hardware import cpu_dtype, warn_of_slow_bfloat16
-from mir_lightning.llava import backbones  # noqa: F401  registers the packaged model's vision encoder
-from mir_lightning.llava.saved import has_processor, load_vlm, processor_place
+from mir_lightning.llava.demo import weights  # noqa: F401  registers the packaged model's vision encoder
+from mir_lightning.llava.model.saving import has_processor, load_vlm, processor_place
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

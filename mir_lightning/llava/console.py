@@ -1,17 +1,21 @@
-"""What a person sees in the terminal: the last MIR in the progress bar, and a closing table."""
+"""What a person sees in the terminal: tables, and the last MIR in the progress bar."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
 
 from mir_lightning.callbacks.mir import MIRCallback
 from mir_lightning.callbacks.reporting import picture_folder
+from mir_lightning.llava.model.stages import Stage
+from mir_lightning.vlm import PartName, parameters_of
 
 
 class MIRProgressBar(TQDMProgressBar):
@@ -26,26 +30,46 @@ class MIRProgressBar(TQDMProgressBar):
         return metrics
 
 
-def start_table(trainer: pl.Trainer, reason: str, batch_size: int) -> str:
-    """What a run is about to do; ``reason`` says why in this precision."""
+def start_table(trainer: Any, batch_size: int) -> str:
+    """What a :class:`~mir_lightning.llava.trainer.RecipeTrainer` is about to do with batches of this size."""
     world, accumulated = trainer.world_size, trainer.accumulate_grad_batches
+    divided = f"{batch_size} on each of {world} device(s), accumulated {accumulated} time(s)"
     return (
-        f"precision  {trainer.precision}: {reason}\n"
-        f"batch      {batch_size} on each of {world} device(s), accumulated {accumulated} time(s): "
-        f"{batch_size * world * accumulated} a step\n"
+        f"precision  {trainer.precision}: {trainer.precision_reason}\n"
+        f"batch      {divided}: {batch_size * world * accumulated} a step\n"
         f"folder     {trainer.default_root_dir}"
     )
 
 
-def history_table(history: Iterable[Mapping[str, Any]]) -> str:
-    """The curve as text: step, held-out loss, perplexity, MIR, and MIR by the robust rule."""
-    lines = [f"{'step':>8} {'held-out loss':>14} {'perplexity':>11} {'MIR':>7} {'robust':>7}"]
-    for point in history:
-        loss, perplexity = ("-" if point[key] is None else f"{point[key]:.3f}" for key in ("loss", "perplexity"))
-        lines.append(
-            f"{point['step']:>8} {loss:>14} {perplexity:>11} {point['mir']:>7.3f} {point['mir_robust']:>7.3f}"
-        )
-    return "\n".join(lines)
+def stage_table(vlm: PreTrainedModel, stage: Stage) -> str:
+    """The stage as a person reads it: module, layers, parameters, trainable, learning rate, weight decay."""
+    parts = {part.module: part for part in stage.train}
+    rows = []
+    for module in get_args(PartName):
+        total, trainable = _count(vlm, module), 0
+        row = ["-", "-", "-"]
+        if part := parts.get(module):
+            trainable = _count(vlm, module, part.layers)
+            row = [part.layers or "all", f"{part.lr:g}", f"{part.weight_decay:g}"]
+        if total:
+            rows.append([module, row[0], f"{total:,}", f"{trainable:,}", *row[1:]])
+    return _text(("module", "layers", "parameters", "trainable", "lr", "weight decay"), rows)
+
+
+def _count(vlm: PreTrainedModel, module: PartName, layers: str | None = None) -> int:
+    return sum(p.numel() for p in parameters_of(vlm, module, layers, required=False).values())
+
+
+def _text(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as plain text: columns of numbers to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("module", "layers") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    written = StringIO()
+    Console(file=written, width=200, color_system=None).print(table)
+    return written.getvalue().rstrip()
 
 
 def closing_report(trainer: pl.Trainer, callback: MIRCallback, pictures: Iterable[Path], model: Path) -> str:
@@ -61,3 +85,10 @@ def closing_report(trainer: pl.Trainer, callback: MIRCallback, pictures: Iterabl
             run = Path(logger.experiment.dir).parent
             lines += [f"W&B run     {run}", f"            upload it: wandb sync {run}"]
     return "\n".join([*lines, f"model       {model}", ""])
+
+
+def history_table(history: Iterable[Mapping[str, Any]]) -> str:
+    """The curve as text: step, held-out loss, perplexity, MIR, and MIR by the robust rule."""
+    keys = ("loss", "perplexity", "mir", "mir_robust")
+    rows = [[str(p["step"]), *("-" if p[key] is None else f"{p[key]:.3f}" for key in keys)] for p in history]
+    return _text(("step", "held-out loss", "perplexity", "MIR", "robust"), rows)

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from mir_lightning import evaluate_mir
-from mir_lightning.llava.backbones import ModelSource, build_processor
-from mir_lightning.llava.saved import load_vlm
+from mir_lightning.llava.model.backbones import ModelSource, build_processor
+from mir_lightning.llava.model.saving import load_vlm
 from mir_lightning.probing.images import UnreadableImageError
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.report import read_run
@@ -129,11 +129,8 @@ def test_unreadable_pictures_are_named_replaced_and_at_last_too_many(recipe, tmp
     for number in range(0, 12, 2):
         Image.effect_noise((20, 20), 50).save(tmp_path / "images" / f"{number}.png")
         (tmp_path / "images" / f"{number + 1}.png").write_bytes(b"cut off")
-    data = {
-        "files": [str(tmp_path / "data.json")],
-        "image_folder": str(tmp_path / "images"),
-        "max_unreadable": 0.9,
-    }
+    source = {"files": [str(tmp_path / "data.json")], "image_folder": str(tmp_path / "images")}
+    data = {"source": {"class_path": "Records", "init_args": source}, "max_unreadable": 0.9}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": data}))
     config = CONFIGS / "models" / "llava15_7b.yaml"
     _two_steps(recipe, tmp_path, weights, config, after=[tmp_path / "data.yaml"])
