@@ -111,12 +111,9 @@ class TrainingMemory(NamedTuple):
 
 
 def training_memory(vlm: PreTrainedModel, stages: Sequence[Stage], shards: int = 1) -> TrainingMemory:
-    """Of a model with float32 weights (mixed precision keeps them, too) through all stages.
+    """Of a model (on the meta device will do) through all stages; ``shards`` devices share it all (FSDP2).
 
-    Args:
-        vlm: the model; on the meta device will do.
-        stages: what trains when.
-        shards: devices that share weights, gradients and optimizer (FSDP2); 1 where each holds all.
+    The weights are float32: mixed precision keeps them, too.
     """
     weights = sum(parameter.numel() for parameter in vlm.parameters())
     learning = sum(p.numel() for group in optimizer_groups(vlm, stages) for p in group.parameters.values())

@@ -68,12 +68,12 @@ def choices(data: PretrainingData) -> ChoiceProbe:
         items = (load_m3_bench if data.choice_items.is_dir() else load_choice_items)(data.choice_items)
     else:
         items = shapes_choices(data.shapes_choices, data.seed)
-    return ChoiceProbe(items, data.processor, data.conversation.question("{prompt}"))
+    return ChoiceProbe(items, data.collate.processor, data.collate.prompt.question("{prompt}"))
 
 
 def few_shot(data: PretrainingData) -> FewShotProbe:
     """Built-in captions and short answers after 0, 4 and 8 examples, with MM1's prompts."""
-    return FewShotProbe(*shapes_few_shot(data.shapes_few_shot, data.seed), data.processor)
+    return FewShotProbe(*shapes_few_shot(data.shapes_few_shot, data.seed), data.collate.processor)
 
 
 def captions(data: PretrainingData) -> FewShotProbe:
@@ -90,4 +90,4 @@ def captions(data: PretrainingData) -> FewShotProbe:
             items.append(ChoiceItem(f"held out {index}", prompt, turns[1], (), "caption", "caption", images))
     if not items:
         raise ValueError("caption_pictures: no held-out sample is one picture with an answer; set it to 0.")
-    return FewShotProbe(items, (), data.processor, (0,), template=data.conversation.question("{prompt}"))
+    return FewShotProbe(items, (), data.collate.processor, (0,), template=data.collate.prompt.question("{prompt}"))

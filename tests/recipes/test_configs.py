@@ -175,6 +175,26 @@ def test_print_config_is_what_the_file_says(recipe, capsys, file):
     _is_part_of(written, printed)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Records", {"files": ["a.json"], "image_folder": "images"}),
+        ("Table", {"folder": "table", "image_column": "picture"}),
+        ("Shards", {"folder": "s3://bucket/shards"}),
+        ("Shapes", {}),
+        ("tests.recipes.interruptions.NoData", {}),
+    ],
+)
+def test_a_source_is_chosen_by_name_on_the_command_line(recipe, capsys, name, options):
+    words = [f"--data.source={name}", *(f"--data.source.{key}={value}" for key, value in options.items())]
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["fit", *words, "--print_config"])
+    assert stop.value.code == 0
+    chosen = yaml.safe_load(capsys.readouterr().out)["data"]["source"]
+    assert chosen["class_path"].rpartition(".")[2] == name.rpartition(".")[2]
+    _is_part_of(options, chosen.get("init_args", {}))
+
+
 def _is_part_of(part, whole):
     if isinstance(part, dict):
         for key, value in part.items():

@@ -21,9 +21,7 @@ class EpochBatches(Sampler[list[int]]):
     The order is one of global batches, which the ranks share: any number of ranks sees the same ones.
     """
 
-    lengths: (
-        Sequence[int] | int
-    )  # of the samples; of like length are put into a batch. Or their number, to shuffle
+    lengths: Sequence[int] | int  # of the samples, to batch those of like length; or their number
     batch_size: int  # samples a rank
     seed: int
     position: Callable[[], tuple[int, int]]  # tells the epoch, and how many of its batches are done

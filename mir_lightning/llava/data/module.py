@@ -86,21 +86,13 @@ class PretrainingData(pl.LightningDataModule):
         return self._source.split(self.probe_size, self.data_scale, self.seed)
 
     @property
-    def processor(self) -> Any:
-        """That of the model in training."""
+    def collate(self) -> ConversationCollator:
+        """What makes batches of samples, with the processor of the model in training."""
         if self.trainer is None:
             raise RuntimeError("PretrainingData takes its processor from the module: attach it to a Trainer.")
-        return self.trainer.lightning_module.processor
-
-    @property
-    def conversation(self) -> PlainPrompt:
-        """How conversations are written for the model."""
-        return ChatPrompt(self.processor.tokenizer, self.system) if self.prompt == "chat" else PlainPrompt()
-
-    @property
-    def collate(self) -> ConversationCollator:
-        """What makes batches of samples."""
-        return ConversationCollator(self.processor, self.conversation, self.max_length)
+        processor: Any = self.trainer.lightning_module.processor
+        prompt = ChatPrompt(processor.tokenizer, self.system) if self.prompt == "chat" else PlainPrompt()
+        return ConversationCollator(processor, prompt, self.max_length)
 
     def accumulate(self, trainer: pl.Trainer) -> None:
         """Set gradient accumulation by ``global_batch_size``; a ``ValueError`` if the devices cannot share it."""

@@ -33,9 +33,6 @@ def shapes_choices(per_task: int = 300, seed: int = 0) -> list[ChoiceItem]:
         per_task: items of each task, rounded down to whole questions but at least one question; 60 and its
             multiples need no rounding.
         seed: of questions and pictures.
-
-    Raises:
-        ValueError: if ``per_task`` is below 1.
     """
     check_at_least_one(per_task=per_task)
     items = []
@@ -55,12 +52,7 @@ def shapes_few_shot(per_task: int = 60, seed: int = 0) -> tuple[list[ChoiceItem]
     The first list is to be answered, the second holds examples. Captions to write are of the held-out split, those
     shown of the training split. Questions are those of :func:`shapes_choices`, shown ones with another seed.
 
-    Args:
-        per_task: captions to write, and questions of each kind to answer (see :func:`shapes_choices`).
-        seed: of all of them.
-
-    Raises:
-        ValueError: if ``per_task`` is below 1.
+    ``per_task`` captions are to be written, and as many questions of each kind to be answered.
     """
     check_at_least_one(per_task=per_task)
     items = [*_captions("held_out", per_task, seed), *_short_answers(per_task, seed)]

@@ -155,11 +155,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, x: float, y: float, r: f
     fill = COLOURS[thing.colour]
     if thing.shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-    elif thing.shape == "square":
-        pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=fill)
-    elif thing.shape == "cross":
-        pen.rectangle((x - r, y - 0.3 * r, x + r, y + 0.3 * r), fill=fill)
-        pen.rectangle((x - 0.3 * r, y - r, x + 0.3 * r, y + r), fill=fill)
-    else:  # a star is two triangles, one upside down
-        for rotation in (0, 180) if thing.shape == "star" else (0,):
-            pen.regular_polygon((x, y, r), 3, rotation=rotation, fill=fill)
+    for width, height in {"square": [(0.85, 0.85)], "cross": [(1, 0.3), (0.3, 1)]}.get(thing.shape, []):
+        pen.rectangle((x - width * r, y - height * r, x + width * r, y + height * r), fill=fill)
+    for rotation in {"triangle": [0], "star": [0, 180]}.get(thing.shape, []):  # a star is two triangles
+        pen.regular_polygon((x, y, r), 3, rotation=rotation, fill=fill)

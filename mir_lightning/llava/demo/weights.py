@@ -63,11 +63,7 @@ transformers.AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)
 
 
 def build_packaged_llava() -> LlavaForConditionalGeneration:
-    """SmolLM2-135M-Instruct and EfficientNet-Lite0, real weights, with an untrained LLaVA projector; float32.
-
-    Raises:
-        ImportError: if the packaged weights are not installed; it says how to.
-    """
+    """SmolLM2-135M-Instruct and EfficientNet-Lite0, real weights, with an untrained LLaVA projector; float32."""
     files = _smollm2()
     llm = transformers.AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
     del llm.config.quantization_config  # the weights are plain float32 from here on

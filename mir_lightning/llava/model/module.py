@@ -123,6 +123,7 @@ class LlavaPretraining(pl.LightningModule):
             inject_moca(self.vlm)
         if self.lora is not None:
             self.vlm.add_adapter(self.lora.config())
+            self.vlm.peft_config["default"].base_model_name_or_path = None  # with what else learned it is no base
         for file in self.parts:
             load_part(self.vlm, file)
         if self.gradient_checkpointing:
