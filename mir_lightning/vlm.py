@@ -289,9 +289,8 @@ def _check_mask(name: str, mask: Tensor, input_ids: Tensor) -> None:
 
 PartName = Literal["projector", "vision", "llm", "lora", "moca"]
 
-_PARTS: dict[
-    str, tuple[str, str]
-] = {  # how names of a part's parameters begin, the first that fits; what is missed
+# How the names of a part's parameters begin, the first that fits, and what is missed without any.
+_PARTS = {
     "lora": (r".*\.lora_", "LoRA adapters (give the lora option)"),
     "moca": (r".*\.moca\.", "MoCa modules (set moca to true)"),
     "projector": (r"(.*\.)?(\w*projector|connector|merger)\.", "a module named *projector, *connector or merger"),

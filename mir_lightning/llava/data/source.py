@@ -45,13 +45,10 @@ class Source(ABC):
 
 
 class IndexedSource(Source, Dataset):
-    """A source whose samples can be got by their index."""
+    """A source whose samples can be got by their index, ``source[index]``."""
 
     @abstractmethod
     def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> Sample: ...
 
     def split(self, held_out: int, scale: int | None, seed: int) -> "tuple[Samples, Samples]":
         """A seeded draw."""
