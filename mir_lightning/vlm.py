@@ -338,3 +338,81 @@ def _check_mask(name: str, mask: Tensor, input_ids: Tensor) -> None:
         raise ValueError(
             f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got {list(mask.shape)}."
         )
+
+
+PartName = Literal["projector", "vision", "llm", "lora", "moca"]
+
+# How the names of a part's parameters begin, the first that fits, and what is missed without any.
+_PARTS = {
+    "lora": (r".*\.lora_", "LoRA adapters (give the lora option)"),
+    "moca": (r".*\.moca\.", "MoCa modules (set moca to true)"),
+    "projector": (r"(.*\.)?(\w*projector|connector|merger)\.", "a module named *projector, *connector or merger"),
+    "vision": (
+        r"(.*?\.)??(vision_tower|vision_model|visual)\.",
+        "a module named vision_tower, vision_model or visual",
+    ),
+    "llm": ("", "the text decoder"),
+}
+_BEHIND_THE_FEATURES = re.compile(r"\.(post_layernorm|layernorm|head|pooler)\.")
+
+
+def parameters_of(
+    vlm: PreTrainedModel, part: PartName, layers: str | None = None, required: bool = True
+) -> dict[str, nn.Parameter]:
+    """Parameters of a part of a model by their names in it; those that no gradient can reach are left out.
+
+    Args:
+        vlm: the model.
+        part: projector, encoder, LLM, or the LoRA adapters or MoCa in it.
+        layers: Python slice of the encoder's or the LLM's layers, ``"12:"`` from the 13th on, ``":16"`` the first
+            16; None for the whole part, with embeddings, final norm and output head.
+        required: whether the model has to have the part.
+
+    Raises:
+        ValueError: if the model has no such layers, or no such part and it is ``required``.
+    """
+    owned = {
+        name: parameter
+        for name, parameter in vlm.named_parameters()
+        if part == next(owner for owner, (pattern, _) in _PARTS.items() if re.match(pattern, name))
+    }
+    if part == "vision" and owned:
+        owned = _up_to_the_features(vlm, layers, owned)
+    elif layers is not None:
+        chosen = _in_layers(find_decoder(vlm).layers, layers, part)
+        owned = {name: parameter for name, parameter in owned.items() if id(parameter) in chosen}
+    if required and not owned:
+        raise ValueError(f"{type(vlm).__name__} has no parameters of {part}: looked for {_PARTS[part][1]}.")
+    return owned
+
+
+def _up_to_the_features(
+    vlm: PreTrainedModel, layers: str | None, owned: dict[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Of the encoder's layers up to the one whose features are used; nothing behind it ever gets a gradient."""
+    tower = re.match(_PARTS["vision"][0], next(iter(owned)))[0]  # type: ignore[index]
+    encoder = vlm.get_submodule(tower.removesuffix("."))
+    _, blocks = shallowest_list(encoder, getattr(encoder.config, "num_hidden_layers", None))
+    if blocks is None:
+        if layers is not None:
+            raise ValueError(
+                f"layers={layers!r}: the vision encoder {type(encoder).__name__} has no list of layers."
+            )
+        return owned
+    feature_layer = getattr(vlm.config, "vision_feature_layer", -1)
+    last = max(feature_layer) if isinstance(feature_layer, (list, tuple)) else feature_layer
+    used = last if last >= 0 else len(blocks) + 1 + last  # hidden_states[0] is the embedding
+    kept = _in_layers(blocks, layers or ":", "vision") - {id(p) for p in blocks[used:].parameters()}
+    if layers is None:  # embeddings, too, but nothing behind the layers
+        before = [p for name, p in owned.items() if not _BEHIND_THE_FEATURES.search(name[len(tower) - 1 :])]
+        kept |= {id(p) for p in before} - {id(p) for p in blocks.parameters()}
+    return {name: p for name, p in owned.items() if id(p) in kept}
+
+
+def _in_layers(blocks: nn.ModuleList, layers: str, part: PartName) -> set[int]:
+    """Ids of the parameters in a slice of layers; a ``ValueError`` if that is empty or goes beyond."""
+    start, _, end = layers.partition(":")
+    chosen = range(int(start or 0), int(end or len(blocks)))
+    if not chosen or chosen.stop > len(blocks):
+        raise ValueError(f"layers={layers!r} of {part}: the model has {len(blocks)}.")
+    return {id(parameter) for index in chosen for parameter in blocks[index].parameters()}

@@ -8,147 +8,106 @@ on where an interrupted run stopped.
 
 import os
 import sys
-from dataclasses import dataclass
-from operator import attrgetter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and os.environ.get("LOCAL_RANK", "0") == "0":
     print("loading PyTorch, Lightning and Transformers", file=sys.stderr, flush=True)  # takes seconds
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from mir_lightning import MIRCallback, SDSCallback
+from mir_lightning import SDSCallback
 from mir_lightning.callbacks.captions import CaptionCallback
 from mir_lightning.callbacks.few_shot import FewShotCallback
 from mir_lightning.callbacks.loggers import picture_folder
-from mir_lightning.llava.console import MIRProgressBar, closing_report, start_table
-from mir_lightning.llava.data import PretrainingData
-from mir_lightning.llava.export import ExportingCheckpoint, export
-from mir_lightning.llava.module import LlavaPretraining
-from mir_lightning.llava.restart import (
-    LAST,
-    AtomicCheckpointIO,
-    BetweenSteps,
-    RandomStates,
-    checkpoint_folder,
-    interrupted_run,
-    mark_finished,
-)
-from mir_lightning.llava.sharding import gathered
-from mir_lightning.llava.signals import Preemption
-from mir_lightning.llava.throughput import Throughput
-from mir_lightning.llava.trainer import RecipeTrainer
+from mir_lightning.llava import console, probes, trainer
+from mir_lightning.llava.costs import Throughput
+from mir_lightning.llava.data.module import PretrainingData
+from mir_lightning.llava.model.module import LlavaPretraining
+from mir_lightning.llava.model.saving import ExportingCheckpoint, export_trained
 from mir_lightning.report import Run, report_figure
 
 RUN_FOLDER = "default_root_dir"  # as a logger's save_dir it stands for trainer.default_root_dir
 
 
-@dataclass(frozen=True)
-class ProbeFolders:
-    """What to measure MIR on, instead of samples held out of the training data.
-
-    Args:
-        images: folder of pictures; picture i goes with text i, as in the MIR paper.
-        texts: folder of ``.txt``, ``.story`` or ``.jsonl`` files.
-    """
-
-    images: Path | None = None
-    texts: Path | None = None
-
-
-class RecipeMIR(MIRCallback):
-    """:class:`MIRCallback` on a probe that the data makes; all its options."""
-
-    def __init__(self, probe: ProbeFolders = ProbeFolders(), **options: Any) -> None:
-        super().__init__(probe=(), **options)
-        self.folders = probe
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the probe."""
-        data: PretrainingData = trainer.datamodule  # type: ignore[attr-defined]
-        self.probe = data.probe(self.folders.images, self.folders.texts)
-        super().on_fit_start(trainer, pl_module)
-
-
 class RecipeCLI(LightningCLI):
-    """A Trainer, the model, its data, and MIR on a held-out probe of that data."""
+    """A Trainer, the model, its data, and MIR on a held-out probe of that data; methods in the order they run."""
 
-    preemption = Preemption()
+    preemption = trainer.Preemption()
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``--mir`` and what else is asked of the model; ``--checkpoint`` keeps the best, ``--restart`` last."""
+        parser.add_lightning_class_args(probes.RecipeMIR, "mir")
+        for callback, name, items in (
+            (SDSCallback, "sds", probes.choices),
+            (FewShotCallback, "few_shot", probes.few_shot),
+            (CaptionCallback, "captions", probes.captions),
+        ):
+            parser.add_lightning_class_args(callback, name)
+            make = partial(partial, items)  # given the data, the items are made when the fit starts
+            parser.link_arguments("data", f"{name}.items", compute_fn=make, apply_on="instantiate")
+        for when in ("every_n_steps", "at_steps"):
+            parser.link_arguments(f"mir.{when}", f"captions.{when}")
+        parser.add_lightning_class_args(Throughput, "throughput")
+        parser.add_lightning_class_args(console.MIRProgressBar, "progress")
+        best = {"monitor": "mir", "mode": "min", "filename": "{step}-{mir:.3f}"}
+        last = {"filename": trainer.LAST, "enable_version_counter": False, "every_n_train_steps": 100}
+        for name, kind, defaults in (
+            ("checkpoint", ExportingCheckpoint, best),
+            ("restart", trainer.BetweenSteps, last),
+        ):
+            parser.add_lightning_class_args(kind, name)
+            parser.link_arguments(f"trainer.{RUN_FOLDER}", f"{name}.dirpath", compute_fn=trainer.checkpoint_folder)
+            parser.set_defaults({f"{name}.{key}": value for key, value in defaults.items()})
+        parser.link_arguments("mir.every_n_steps", "checkpoint.every_n_train_steps", compute_fn=lambda n: n or 1)
 
     def before_instantiate_classes(self) -> None:
         """Loggers in the run's folder; no bar where the Trainer shows none; nothing is asked without items."""
-        options, callbacks = self.config[self.subcommand], self._parser(self.subcommand).callback_keys
+        options = self.config[self.subcommand]
         for logger in options.trainer.logger if isinstance(options.trainer.logger, list) else ():
             if logger.init_args.get("save_dir") == RUN_FOLDER:
                 logger.init_args.save_dir = options.trainer.default_root_dir or "."
-        if options.trainer.enable_progress_bar is False:
-            callbacks.remove("progress")
-        if options.trainer.logger is False:
-            callbacks.remove("throughput")
-        if not options.data.caption_pictures:
-            callbacks.remove("captions")
-        if not options.data.shapes_choices and options.data.choice_items is None:
-            callbacks.remove("sds")
-        if not options.data.shapes_few_shot:
-            callbacks.remove("few_shot")
+        needed = {
+            "progress": options.trainer.enable_progress_bar is not False,
+            "throughput": options.trainer.logger is not False,
+            "captions": options.data.caption_pictures,
+            "sds": options.data.shapes_choices or options.data.choice_items,
+            "few_shot": options.data.shapes_few_shot,
+        }
+        callbacks = self._parser(self.subcommand).callback_keys
+        callbacks[:] = [name for name in callbacks if needed.get(name, True)]
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose runs can be killed and started again."""
         callbacks = self._get(self.config_init, "trainer").callbacks or []
-        trainer = super().instantiate_trainer(callbacks=[*callbacks, RandomStates(), self.preemption], **kwargs)
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        return trainer
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """``--mir`` and what else is asked of the model; ``--checkpoint`` keeps the best, ``--restart`` last."""
-        parser.add_lightning_class_args(RecipeMIR, "mir")
-        for callback, name, items in (
-            (SDSCallback, "sds", attrgetter("choices")),
-            (FewShotCallback, "few_shot", attrgetter("few_shot")),
-            (CaptionCallback, "captions", attrgetter("captions")),
-        ):
-            parser.add_lightning_class_args(callback, name)
-            parser.link_arguments("data", f"{name}.items", compute_fn=items, apply_on="instantiate")
-        for when in ("every_n_steps", "at_steps"):
-            parser.link_arguments(f"mir.{when}", f"captions.{when}")
-        parser.add_lightning_class_args(Throughput, "throughput")
-        parser.add_lightning_class_args(MIRProgressBar, "progress")
-        parser.add_lightning_class_args(ExportingCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(BetweenSteps, "restart")
-        for name in ("checkpoint", "restart"):
-            parser.link_arguments("trainer.default_root_dir", f"{name}.dirpath", compute_fn=checkpoint_folder)
-        parser.link_arguments("mir.every_n_steps", "checkpoint.every_n_train_steps", compute_fn=lambda n: n or 1)
-        best = {"monitor": "mir", "mode": "min", "filename": "{step}-{mir:.3f}"}
-        last = {"filename": LAST, "enable_version_counter": False, "every_n_train_steps": 100}
-        parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
-        parser.set_defaults({f"restart.{key}": value for key, value in last.items()})
+        callbacks = [*callbacks, trainer.SeededBatches(), self.preemption]
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def before_fit(self) -> None:
         """Divide the global batch, say what is about to run, and find the checkpoint of an interrupted run."""
         self.datamodule.accumulate(self.trainer)
-        reason = self.trainer.precision_reason  # type: ignore[attr-defined]
-        rank_zero_info(start_table(self.trainer, reason, self.datamodule.batch_size))
+        rank_zero_info(console.start_table(self.trainer, self.datamodule.batch_size))
         options = self.config_init[self.subcommand]
-        options.ckpt_path = options.ckpt_path or interrupted_run(self.trainer)
+        options.ckpt_path = options.ckpt_path or trainer.interrupted_run(self.trainer)
 
     def after_fit(self) -> None:
         """Save the model, draw the curves, and say where everything is."""
-        trainer = self.trainer
-        vlm = None if self.preemption.stopped else gathered(self.model.vlm)
-        if vlm is None or not trainer.is_global_zero:
+        if self.preemption.stopped:
             return
-        mark_finished(trainer)
-        callback: MIRCallback = self._get(self.config_init, "mir")
-        root = Path(trainer.default_root_dir)
-        export(vlm, self.model.processor, root / "model")
-        folder = picture_folder(trainer, callback.name)
-        curves = folder / "curves.png"
-        if callback.history:
-            report_figure([Run.of(callback.history)]).savefig(curves)
-        print(closing_report(trainer, callback, [curves] if callback.history else [], root / "model"))
+        model = Path(self.trainer.default_root_dir) / "model"
+        export_trained(self.trainer, model)
+        if self.trainer.is_global_zero:
+            mark = trainer.finished_mark(self.trainer)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            mir = self._get(self.config_init, "mir")
+            curves = [picture_folder(self.trainer, mir.name) / "curves.png"] if mir.history else []
+            for picture in curves:
+                report_figure([Run.of(mir.history)]).savefig(picture)
+            print(console.closing_report(self.trainer, mir, curves, model))
 
 
 def main(args: list[str] | None = None) -> None:
@@ -157,7 +116,7 @@ def main(args: list[str] | None = None) -> None:
         LlavaPretraining,
         PretrainingData,
         args=args,
-        trainer_class=RecipeTrainer,
+        trainer_class=trainer.RecipeTrainer,
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},

@@ -14,7 +14,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 @pytest.fixture(scope="session")
 def tiny_processor():
     """The packaged tokenizer, with pictures of 12 x 12 pixels: 9 patches and CLS for ``tiny_llava``."""
-    from mir_lightning.llava.backbones import build_packaged_processor
+    from mir_lightning.llava.demo.weights import build_packaged_processor
 
     processor = build_packaged_processor()
     processor.image_processor.size = {"height": 12, "width": 12}

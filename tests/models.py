@@ -56,3 +56,23 @@ def tiny_batch(seed=0, batch=4, before=2, after=7, patches=10, padded=2, labels=
     if labels:
         made["labels"] = torch.where(attention_mask.bool() & (input_ids != IMAGE_TOKEN), input_ids, -100)
     return made
+
+
+def save_tiny_llava(folder, processor, **options):
+    """A tiny LLaVA that knows a processor's tokens, and the processor, in a folder."""
+    tokens = {"vocab_size": len(processor.tokenizer), "image_token": processor.image_token_id}
+    tiny_llava(**tokens, **options).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def llava_7b():
+    """LLaVA-1.5's shapes, without memory for them."""
+    with torch.device("meta"):
+        vision = CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+            patch_size=14, projection_dim=768,
+        )  # fmt: skip
+        return LlavaForConditionalGeneration(
+            LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064))
+        )

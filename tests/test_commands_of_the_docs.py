@@ -12,10 +12,10 @@ import yaml
 
 from mir_lightning import cli
 from mir_lightning.cli.pretrain import _with_files, recipe_folder
-from mir_lightning.llava.data import PretrainingData
-from mir_lightning.llava.memory import training_memory
-from mir_lightning.llava.schedule import Part, Stage
-from tests.llava.test_memory import llava_7b
+from mir_lightning.llava.costs import training_memory
+from mir_lightning.llava.data.module import PretrainingData
+from mir_lightning.llava.model.stages import Part, Stage
+from tests.models import llava_7b
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -68,6 +68,23 @@ def _(logger: WandbLogger, name: str, settings: dict[str, Any], best: str) -> No
     logger.experiment.config.update({name: settings}, allow_val_change=True)
 
 
+@singledispatch
+def whereabouts(logger: Logger) -> list[str]:
+    """Lines that tell a person where a logger's files lie."""
+    return []
+
+
+@whereabouts.register
+def _(logger: CSVLogger) -> list[str]:
+    return [f"numbers     {Path(logger.log_dir) / 'metrics.csv'}"]
+
+
+@whereabouts.register
+def _(logger: WandbLogger) -> list[str]:
+    run = Path(logger.experiment.dir).parent
+    return [f"W&B run     {run}", f"            upload it: wandb sync {run}"]
+
+
 def save_figures(folder: Path, figures: Figures) -> None:
     """Write each as a PNG file, over the last one."""
     folder.mkdir(parents=True, exist_ok=True)

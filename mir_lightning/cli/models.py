@@ -16,8 +16,8 @@ from mir_lightning.cli.options import EvaluationOptions
 from mir_lightning.files import read_json
 from mir_lightning.functional.checks import check_loaded
 from mir_lightning.hardware import cpu_dtype, warn_of_slow_bfloat16
-from mir_lightning.llava import backbones  # noqa: F401  registers the packaged model's vision encoder
-from mir_lightning.llava.saved import has_processor, load_vlm, processor_place
+from mir_lightning.llava.demo import weights  # noqa: F401  registers the packaged model's vision encoder
+from mir_lightning.llava.model.saving import has_processor, load_vlm, processor_place
 
 
 def load_model(source: str, options: EvaluationOptions) -> nn.Module:

@@ -13,8 +13,8 @@ from transformers import AutoConfig
 
 from mir_lightning.cli.models import base_of_adapter, load_processor
 from mir_lightning.cli.options import AUTO_BATCH_SIZE, ProbeOptions, option, output_file
-from mir_lightning.llava.prompts import IMAGE
-from mir_lightning.llava.records import image_path, read_records
+from mir_lightning.llava.data.prompts import IMAGE
+from mir_lightning.llava.data.records import image_path, read_records
 from mir_lightning.probing.pairs import Pair, PairProbe, read_pairs, readable_pairs
 
 

@@ -1,17 +1,18 @@
-"""What a person sees in the terminal: the last MIR in the progress bar, and a closing table."""
-
-from __future__ import annotations
+"""What a person sees in the terminal: tables, and the last MIR in the progress bar."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from transformers import PreTrainedModel
 
-from mir_lightning.callbacks.loggers import picture_folder
+from mir_lightning.callbacks.loggers import picture_folder, whereabouts
 from mir_lightning.callbacks.mir import MIRCallback
+from mir_lightning.llava.model.stages import Stage
+from mir_lightning.report import text_table
+from mir_lightning.vlm import PartName, parameters_of
 
 
 class MIRProgressBar(TQDMProgressBar):
@@ -26,29 +27,34 @@ class MIRProgressBar(TQDMProgressBar):
         return metrics
 
 
-def start_table(trainer: pl.Trainer, reason: str, batch_size: int) -> str:
-    """What a run is about to do; ``reason`` says why in this precision."""
+def start_table(trainer: Any, batch_size: int) -> str:
+    """What a :class:`~mir_lightning.llava.trainer.RecipeTrainer` is about to do with batches of this size."""
     world, accumulated = trainer.world_size, trainer.accumulate_grad_batches
+    divided = f"{batch_size} on each of {world} device(s), accumulated {accumulated} time(s)"
     return (
-        f"precision  {trainer.precision}: {reason}\n"
-        f"batch      {batch_size} on each of {world} device(s), accumulated {accumulated} time(s): "
-        f"{batch_size * world * accumulated} a step\n"
+        f"precision  {trainer.precision}: {trainer.precision_reason}\n"
+        f"batch      {divided}: {batch_size * world * accumulated} a step\n"
         f"folder     {trainer.default_root_dir}"
     )
 
 
-def history_table(history: Iterable[Mapping[str, Any]]) -> str:
-    """The curve as text: step, held-out loss, perplexity, MIR, and MIR by the robust rule."""
-    lines = [f"{'step':>8} {'held-out loss':>14} {'perplexity':>11} {'MIR':>7} {'robust':>7}"]
-    for point in history:
-        loss, perplexity = (
-            "-" if point.get(key) is None else f"{point[key]:.3f}"
-            for key in ("mir_probe/loss", "mir_probe/perplexity")
-        )
-        lines.append(
-            f"{point['step']:>8} {loss:>14} {perplexity:>11} {point['mir']:>7.3f} {point['mir_robust']:>7.3f}"
-        )
-    return "\n".join(lines)
+def stage_table(vlm: PreTrainedModel, stage: Stage) -> str:
+    """The stage as a person reads it: module, layers, parameters, trainable, learning rate, weight decay."""
+    parts = {part.module: part for part in stage.train}
+    rows = []
+    for module in get_args(PartName):
+        total, trainable = _count(vlm, module), 0
+        row = ["-", "-", "-"]
+        if part := parts.get(module):
+            trainable = _count(vlm, module, part.layers)
+            row = [part.layers or "all", f"{part.lr:g}", f"{part.weight_decay:g}"]
+        if total:
+            rows.append([module, row[0], f"{total:,}", f"{trainable:,}", *row[1:]])
+    return text_table(("module", "layers", "parameters", "trainable", "lr", "weight decay"), rows)
+
+
+def _count(vlm: PreTrainedModel, module: PartName, layers: str | None = None) -> int:
+    return sum(p.numel() for p in parameters_of(vlm, module, layers, required=False).values())
 
 
 def closing_report(trainer: pl.Trainer, callback: MIRCallback, pictures: Iterable[Path], model: Path) -> str:
@@ -57,10 +63,12 @@ def closing_report(trainer: pl.Trainer, callback: MIRCallback, pictures: Iterabl
     folder = picture_folder(trainer, callback.name)
     for picture in (*pictures, folder / "layers.png", folder / "heatmap.png"):
         lines.append(f"picture     {picture}")
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            lines.append(f"numbers     {Path(logger.log_dir) / 'metrics.csv'}")
-        elif isinstance(logger, WandbLogger):
-            run = Path(logger.experiment.dir).parent
-            lines += [f"W&B run     {run}", f"            upload it: wandb sync {run}"]
+    lines += [line for logger in trainer.loggers for line in whereabouts(logger)]
     return "\n".join([*lines, f"model       {model}", ""])
+
+
+def history_table(history: Iterable[Mapping[str, Any]]) -> str:
+    """The curve as text: step, held-out loss, perplexity, MIR, and MIR by the robust rule."""
+    keys = ("mir_probe/loss", "mir_probe/perplexity", "mir", "mir_robust")
+    rows = [[str(p["step"]), *(f"{p[key]:.3f}" if key in p else "-" for key in keys)] for p in history]
+    return text_table(("step", "held-out loss", "perplexity", "MIR", "robust"), rows)

@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from mir_lightning.llava.backbones import build_packaged_processor
-from mir_lightning.llava.shapes import draw_sample
+from mir_lightning.llava.demo.shapes import draw_sample
+from mir_lightning.llava.demo.weights import build_packaged_processor
 from mir_lightning.probing import ChoiceItem, ChoiceProbe, evaluate_choices
 from tests.benchmarks.evaluation import build_model
 

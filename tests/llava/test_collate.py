@@ -2,11 +2,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mir_lightning.llava.backbones import build_packaged_processor
-from mir_lightning.llava.collate import ConversationCollator
-from mir_lightning.llava.datasets import Sample, ShapesDataset
-from mir_lightning.llava.prompts import ChatPrompt, PlainPrompt
-from mir_lightning.llava.shapes import COLOURS, Scene, Thing, draw_sample
+from mir_lightning.llava.data.batches import ConversationCollator
+from mir_lightning.llava.data.prompts import ChatPrompt, PlainPrompt
+from mir_lightning.llava.data.source import Sample
+from mir_lightning.llava.demo.shapes import COLOURS, Scene, ShapesDataset, Thing, draw_sample
+from mir_lightning.llava.demo.weights import build_packaged_processor
 
 
 @pytest.fixture(scope="module")

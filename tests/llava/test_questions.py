@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mir_lightning.llava.questions import shapes_choices, shapes_few_shot
-from mir_lightning.llava.shapes import COLOURS, RELATIONS, SIZES, draw_sample
+from mir_lightning.llava.demo.questions import shapes_choices, shapes_few_shot
+from mir_lightning.llava.demo.shapes import COLOURS, RELATIONS, SIZES, draw_sample
 from mir_lightning.metrics import SoftDiscriminationScore
 from mir_lightning.probing.choices.items import check_items, open_image
 

@@ -4,7 +4,7 @@ from itertools import chain
 
 import pytest
 
-from mir_lightning.llava.sampling import EpochBatches
+from mir_lightning.llava.data.batches import EpochBatches
 
 LENGTHS = [(37 * i) % 101 for i in range(103)]
 

@@ -1,23 +1,21 @@
 """A sharded model with every part, gathered: the model it was, on the first rank."""
 
 import torch
+from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 
-from mir_lightning.llava.backbones import build_packaged_processor
-from mir_lightning.llava.export import export
-from mir_lightning.llava.saved import load_vlm
-from mir_lightning.llava.sharding import gathered, shard
+from mir_lightning.llava.demo.weights import build_packaged_processor
+from mir_lightning.llava.model.saving import export, gathered, load_vlm
+from mir_lightning.llava.model.sharding import shard
 from mir_lightning.moca import inject_moca
 from tests.distributed import run_on_ranks
 from tests.models import tiny_batch, tiny_llava
 
 
 def _with_every_part():
-    from peft import LoraConfig, inject_adapter_in_model
-
     vlm = tiny_llava()
     inject_moca(vlm)
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), vlm)
+    vlm.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     torch.manual_seed(3)
     for name, parameter in vlm.named_parameters():
         if ".moca." in name or ".lora_" in name:

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from mir_lightning.llava.shards import ShardsLoader, _to_sample, _with_replacements, open_shards
+from mir_lightning.llava.data.shards import Shards, with_replacements
 from mir_lightning.probing.images import UnreadableImageError
 from tests.distributed import run_on_ranks
 from tests.shards import UNREADABLE, record, write_shards
@@ -51,8 +51,9 @@ def _epoch(loader):
 
 
 def _loader(place, workers, scale=None):
-    training, held_out = open_shards(place, 6, scale, seed=3)
-    return ShardsLoader(training, 4, _numbers, workers), held_out
+    source = Shards(place)
+    training, held_out = source.split(6, scale, seed=3)
+    return source.stream(training, _numbers, batch_size=4, num_workers=workers), held_out
 
 
 @pytest.fixture(params=["folder", "object store"])
@@ -90,32 +91,32 @@ def test_an_interrupted_epoch_goes_on_where_it_was(shards, workers, done):
 
 
 def test_the_next_of_the_batch_takes_the_place_of_an_unreadable_sample():
-    samples = [_to_sample("here", record(index)) for index in (UNREADABLE, 3, 4, UNREADABLE)]
-    taken = _with_replacements(list, samples)
+    samples = [Shards("here").sample(record(index)) for index in (UNREADABLE, 3, 4, UNREADABLE)]
+    taken = with_replacements(list, samples)
     assert _numbers(taken) == [3, 3, 4, 3]
     assert [len(s.unreadable) for s in taken] == [1, 0, 0, 1]
     assert f"here, sample {UNREADABLE}: cannot identify" in taken[0].unreadable[0]
     with pytest.raises(UnreadableImageError, match="a whole batch cannot be read"):
-        _with_replacements(list, samples[:1])
+        with_replacements(list, samples[:1])
 
 
 def test_what_is_no_record_or_no_shards_is_named(tmp_path, shards):
     with pytest.raises(ValueError, match=r'here, sample 5 .*"conversations" must be a list'):
-        _to_sample("here", {"id": "5", "image": b"", "conversations": "none"})
+        Shards("here").sample({"id": "5", "image": b"", "conversations": "none"})
     with pytest.raises(ValueError, match="must be an object"):
-        _to_sample("here", [1, 2])
+        Shards("here").sample([1, 2])
     with pytest.raises(ValueError, match="image must be the bytes of one picture, it is list"):
-        _to_sample("here", {**record(1), "image": [b""]})
+        Shards("here").sample({**record(1), "image": [b""]})
     empty = {**record(1), "image": b""}
-    assert "sample 1: cannot identify" in _to_sample("here", empty).unreadable[0]
+    assert "sample 1: cannot identify" in Shards("here").sample(empty).unreadable[0]
     empty["conversations"][0]["value"] = "Hello."  # no picture is asked for: text alone
-    sample = _to_sample("here", empty)
+    sample = Shards("here").sample(empty)
     assert (sample.images, sample.unreadable) == ((), ())
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="holds no shards that can be read"):
-            open_shards(str(place), 1, None, 0)
+            Shards(str(place)).split(1, None, 0)
     with pytest.raises(ValueError, match="need more than the 40 samples"):
-        open_shards(str(shards), 6, 35, 0)
+        Shards(str(shards)).split(6, 35, 0)
 
 
 def _epoch_of_rank(rank, world, shards):

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from mir_lightning import evaluate_mir
-from mir_lightning.llava.backbones import ModelSource, build_processor
-from mir_lightning.llava.saved import load_vlm
+from mir_lightning.llava.model.backbones import ModelSource, build_processor
+from mir_lightning.llava.model.saving import load_vlm
 from mir_lightning.probing.images import UnreadableImageError
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.report import read_run
@@ -103,8 +103,8 @@ def test_two_steps_of_the_small_pair_with_all_that_can_be_measured(recipe, tmp_p
     for name in (
         "mir",
         "mir_probe/perplexity",
-        "sds/perception",
-        "sds/reasoning",
+        "sds_abilities/perception",
+        "sds_abilities/reasoning",
         "few_shot/em_8",
         "few_shot/f1_0",
     ):
@@ -129,11 +129,8 @@ def test_unreadable_pictures_are_named_replaced_and_at_last_too_many(recipe, tmp
     for number in range(0, 12, 2):
         Image.effect_noise((20, 20), 50).save(tmp_path / "images" / f"{number}.png")
         (tmp_path / "images" / f"{number + 1}.png").write_bytes(b"cut off")
-    data = {
-        "files": [str(tmp_path / "data.json")],
-        "image_folder": str(tmp_path / "images"),
-        "max_unreadable": 0.9,
-    }
+    source = {"files": [str(tmp_path / "data.json")], "image_folder": str(tmp_path / "images")}
+    data = {"source": {"class_path": "Records", "init_args": source}, "max_unreadable": 0.9}
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": data}))
     config = CONFIGS / "models" / "llava15_7b.yaml"
     _two_steps(recipe, tmp_path, weights, config, after=[tmp_path / "data.yaml"])
@@ -176,6 +173,26 @@ def test_print_config_is_what_the_file_says(recipe, capsys, file):
     assert stop.value.code == 0
     printed, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(file.read_text())
     _is_part_of(written, printed)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Records", {"files": ["a.json"], "image_folder": "images"}),
+        ("Table", {"folder": "table", "image_column": "picture"}),
+        ("Shards", {"folder": "s3://bucket/shards"}),
+        ("Shapes", {}),
+        ("tests.recipes.interruptions.NoData", {}),
+    ],
+)
+def test_a_source_is_chosen_by_name_on_the_command_line(recipe, capsys, name, options):
+    words = [f"--data.source={name}", *(f"--data.source.{key}={value}" for key, value in options.items())]
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(["fit", *words, "--print_config"])
+    assert stop.value.code == 0
+    chosen = yaml.safe_load(capsys.readouterr().out)["data"]["source"]
+    assert chosen["class_path"].rpartition(".")[2] == name.rpartition(".")[2]
+    _is_part_of(options, chosen.get("init_args", {}))
 
 
 def _is_part_of(part, whole):

@@ -60,7 +60,7 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
     assert f"wandb sync {named['W&B']}" in run.stdout
     assert (tmp_path / named["W&B"]).is_dir()
 
-    import mir_lightning.llava.backbones  # noqa: F401
+    import mir_lightning.llava.demo.weights  # noqa: F401
 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / named["model"])
     assert AutoProcessor.from_pretrained(tmp_path / named["model"]).image_token_id == model.config.image_token_id

@@ -4,17 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tests.models import tiny_llava
+from tests.models import save_tiny_llava
 from tests.recipes.runs import curves_of, small_config, start
 
 
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory, tiny_processor):
-    folder = tmp_path_factory.mktemp("vlm")
-    token = tiny_processor.image_token_id
-    tiny_llava(vocab_size=len(tiny_processor.tokenizer), image_token=token).save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
+    return save_tiny_llava(tmp_path_factory.mktemp("vlm"), tiny_processor)
 
 
 def _config(vlm, folder, devices, strategy, *strikes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.models import tiny_llava
+from tests.models import save_tiny_llava
 from tests.recipes.runs import curves_of, small_config, start
 from tests.shards import write_shards
 
@@ -14,18 +14,13 @@ from tests.shards import write_shards
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory, tiny_processor):
     """A tiny LLaVA with dropout, so that a lost random state would show."""
-    folder = tmp_path_factory.mktemp("vlm")
-    model = tiny_llava(
-        dropout=0.2, vocab_size=len(tiny_processor.tokenizer), image_token=tiny_processor.image_token_id
-    )
-    model.save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
+    return save_tiny_llava(tmp_path_factory.mktemp("vlm"), tiny_processor, dropout=0.2)
 
 
 @pytest.mark.parametrize(("data", "preempted_at"), [("drawn", 6), ("shards", 5)])  # 5: where an epoch ends
 def test_a_run_that_is_killed_and_preempted_equals_one_that_is_not(tmp_path, vlm, data, preempted_at):
-    source = {"shards": str(write_shards(tmp_path / "shards"))} if data == "shards" else {}
+    folder = str(write_shards(tmp_path / "shards")) if data == "shards" else None
+    source = {"source": {"class_path": "Shards", "init_args": {"folder": folder}}} if folder else {}
     whole, struck = tmp_path / "whole", tmp_path / "struck"
     whole.mkdir()
     struck.mkdir()

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
-from mir_lightning.llava.backbones import ModelSource, build_processor
-from mir_lightning.llava.export import export
-from mir_lightning.llava.module import LlavaPretraining, LoraOptions
-from mir_lightning.llava.saved import load_part, load_vlm, load_whole
-from mir_lightning.llava.schedule import Part, Stage, parameters_of
-from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
+from mir_lightning.llava.model.backbones import ModelSource, build_processor
+from mir_lightning.llava.model.module import LlavaPretraining, LoraOptions
+from mir_lightning.llava.model.saving import export, load_part, load_vlm, load_whole
+from mir_lightning.llava.model.stages import Part, Stage
+from mir_lightning.vlm import parameters_of
+from tests.models import IMAGE_TOKEN, save_tiny_llava, tiny_batch, tiny_llava
 
 PARTS = ("projector.safetensors", "moca.safetensors", "adapter/adapter_model.safetensors")
 LORA = LoraOptions(r=2, alpha=4, targets=("q_proj",))
@@ -28,10 +28,7 @@ def _module(folder, **options):
 @pytest.fixture
 def run(tmp_path, tiny_processor):
     """A base model's folder, a trained module with all parts, and the folder of its export."""
-    vocabulary = {"vocab_size": len(tiny_processor.tokenizer), "image_token": tiny_processor.image_token_id}
-    tiny_llava(**vocabulary).save_pretrained(tmp_path / "base")
-    tiny_processor.save_pretrained(tmp_path / "base")
-    module = _module(tmp_path / "base", lora=LORA, moca=True)
+    module = _module(save_tiny_llava(tmp_path / "base", tiny_processor), lora=LORA, moca=True)
     torch.manual_seed(5)
     for name, parameter in module.vlm.named_parameters():
         if "projector" in name or ".lora_" in name or ".moca." in name:
@@ -59,9 +56,8 @@ def test_a_run_starts_from_the_parts_of_another(run, tiny_processor):
     again = _module(base, lora=LORA, moca=True, parts=parts)
     torch.testing.assert_close(_logits(again.vlm, tiny_processor), _logits(trained.vlm, tiny_processor))
     without = _module(base, lora=LORA, moca=True, parts=parts[:1])
-    projector = Part("projector", 1.0)
-    for name, parameter in parameters_of(without.vlm, projector).items():
-        assert torch.equal(parameter, parameters_of(trained.vlm, projector)[name])
+    for name, parameter in parameters_of(without.vlm, "projector").items():
+        assert torch.equal(parameter, parameters_of(trained.vlm, "projector")[name])
     assert not torch.allclose(_logits(without.vlm, tiny_processor), _logits(trained.vlm, tiny_processor))
 
 

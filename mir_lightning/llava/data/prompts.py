@@ -1,26 +1,13 @@
 """How a conversation is written for a model, and which parts of it the model learns to say."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-IMAGE = "<image>"  # where a picture stands in a turn, whatever the model's own placeholder is
+from mir_lightning.probing.choices.items import (
+    IMAGE,  # where a picture stands in a turn, whatever a model's own is
+)
 
 Span = tuple[str, bool]  # text, and whether it is learned
-
-
-class Prompt(Protocol):
-    """A way to write a conversation.
-
-    Attributes:
-        writes_its_start: whether its text holds the token that begins a sequence, where a model wants one.
-    """
-
-    writes_its_start: bool
-
-    def __call__(self, turns: Sequence[str], images: int) -> list[Span]:
-        """Spans of a conversation with so many pictures."""
 
 
 class PlainPrompt:
@@ -29,7 +16,7 @@ class PlainPrompt:
     The human's turns are left out (LLaVA-1.5, ``plain``). A text of a single turn is learned whole.
     """
 
-    writes_its_start = False
+    writes_its_start = False  # with the token that begins a sequence, where a model wants one
 
     def __call__(self, turns: Sequence[str], images: int) -> list[Span]:
         """Spans of a conversation with so many pictures."""
@@ -37,17 +24,16 @@ class PlainPrompt:
         text = "\n".join(turn.replace(IMAGE, "").strip() for turn in said)
         return [*([(IMAGE * images, False)] if images else []), (f"{text}\n", True)]
 
+    def question(self, text: str) -> str:
+        """A user's turn, up to where the model's answer begins, for a tokenizer that marks the start by itself."""
+        return text
 
-class ChatPrompt:
+
+class ChatPrompt(PlainPrompt):
     """The chat template of a tokenizer; the model's turns are learned, with the mark that ends them.
 
-    Args:
-        tokenizer: with a chat template.
-        system: what comes first, for templates that know a system text. A first token that is no picture keeps the
-            attention sink out of the vision tokens.
-
-    Raises:
-        ValueError: if the tokenizer has no chat template.
+    A ``system`` text comes first, for templates that know one. A first token that is no picture keeps the
+    attention sink out of the vision tokens. A tokenizer without chat template raises a ``ValueError``.
     """
 
     writes_its_start = True
@@ -67,17 +53,18 @@ class ChatPrompt:
         for place, turn in enumerate((first, *turns[1:])):
             answers = bool(place % 2)
             messages.append({"role": "assistant" if answers else "user", "content": turn})
-            more_follows = not answers and place + 1 < len(turns)
-            now = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=more_follows)
+            now = self._write(messages, more_follows=not answers and place + 1 < len(turns))
             spans.append((now[len(written) :], answers or len(turns) == 1))
             written = now
         return spans
 
     def question(self, text: str) -> str:
-        """A user's turn, up to where the model's answer begins, for a tokenizer that marks the start by itself."""
-        messages = [*self.system, {"role": "user", "content": text}]
-        written = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        """A user's turn, up to where the model's answer begins."""
+        written = self._write([*self.system, {"role": "user", "content": text}], more_follows=True)
         return written.removeprefix(self.tokenizer.bos_token) if starts_with_bos(self.tokenizer) else written
+
+    def _write(self, messages: list[dict[str, str]], more_follows: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=more_follows)
 
 
 def starts_with_bos(tokenizer: Any) -> bool:

@@ -1,29 +1,15 @@
 """Multiple-choice items from the world of drawn shapes: held out, balanced, and at chance for whoever is blind."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 from PIL import Image
 
 from mir_lightning.functional.checks import check_at_least_one
-from mir_lightning.llava.shapes import (
-    COLOURS,
-    NUMBERS,
-    RELATIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    Split,
-    Thing,
-    draw_sample,
-    draw_scene,
-    paint,
-    random_thing,
-)
+from mir_lightning.llava.demo import shapes
+from mir_lightning.llava.demo.shapes import COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES, Scene, Thing, random_thing
 from mir_lightning.probing.choices.few_shot import CAPTION_PROMPT, QUESTION_PROMPT
 from mir_lightning.probing.choices.items import ChoiceItem
 
@@ -47,12 +33,17 @@ def shapes_choices(per_task: int = 300, seed: int = 0) -> list[ChoiceItem]:
         per_task: items of each task, rounded down to whole questions but at least one question; 60 and its
             multiples need no rounding.
         seed: of questions and pictures.
-
-    Raises:
-        ValueError: if ``per_task`` is below 1.
     """
     check_at_least_one(per_task=per_task)
-    return [item for task in _TASKS for item in _task_items(task, per_task, seed)]
+    items = []
+    for task, (ability, make_group, answers) in _TASKS.items():
+        for number in range(max(1, per_task // answers)):
+            question, draws = make_group(random.Random(f"{seed}/{task}/{number}"))
+            for answer, draw in draws.items():
+                name = f"{task}/{seed}/{number}/{answer}"
+                others = tuple(other for other in draws if other != answer)
+                items.append(ChoiceItem(name, question, answer, others, task, ability, (partial(draw, name),)))
+    return items
 
 
 def shapes_few_shot(per_task: int = 60, seed: int = 0) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
@@ -61,91 +52,60 @@ def shapes_few_shot(per_task: int = 60, seed: int = 0) -> tuple[list[ChoiceItem]
     The first list is to be answered, the second holds examples. Captions to write are of the held-out split, those
     shown of the training split. Questions are those of :func:`shapes_choices`, shown ones with another seed.
 
-    Args:
-        per_task: captions to write, and questions of each kind to answer (see :func:`shapes_choices`).
-        seed: of all of them.
-
-    Raises:
-        ValueError: if ``per_task`` is below 1.
+    ``per_task`` captions are to be written, and as many questions of each kind to be answered.
     """
     check_at_least_one(per_task=per_task)
     items = [*_captions("held_out", per_task, seed), *_short_answers(per_task, seed)]
     return items, [*_captions("train", 60, seed), *_short_answers(12, seed + 1)]
 
 
-def _captions(split: Split, count: int, seed: int) -> list[ChoiceItem]:
-    captions = [draw_sample(split, index, seed)[1].lower().rstrip(".") for index in range(count)]
-    return [
-        ChoiceItem(
-            id=f"caption/{split}/{seed}/{index}",
-            prompt=CAPTION_PROMPT,
-            answer=caption,
-            distractors=(),
-            task="caption",
-            ability="in context",
-            images=(partial(_draw_sample, split, index, seed),),
-        )
-        for index, caption in enumerate(captions)
-    ]
+def _captions(split: shapes.Split, count: int, seed: int) -> Iterator[ChoiceItem]:
+    for index in range(count):
+        caption = shapes.draw_sample(split, index, seed)[1].lower().rstrip(".")
+        name, draw = f"caption/{split}/{seed}/{index}", partial(_picture, split, index, seed)
+        yield ChoiceItem(name, CAPTION_PROMPT, caption, (), "caption", "in context", (draw,))
 
 
-def _draw_sample(split: Split, index: int, seed: int) -> Image.Image:
-    return draw_sample(split, index, seed)[0]
+def _picture(split: shapes.Split, index: int, seed: int) -> Image.Image:
+    return shapes.draw_sample(split, index, seed)[0]
 
 
-def _short_answers(per_task: int, seed: int) -> list[ChoiceItem]:
-    return [
-        replace(item, prompt=QUESTION_PROMPT.format(question=item.prompt), task="vqa", ability="in context")
-        for item in shapes_choices(per_task, seed)
-    ]
+def _short_answers(per_task: int, seed: int) -> Iterator[ChoiceItem]:
+    for item in shapes_choices(per_task, seed):
+        prompt = QUESTION_PROMPT.format(question=item.prompt)
+        yield replace(item, prompt=prompt, task="vqa", ability="in context")
 
 
-def _task_items(task: str, per_task: int, seed: int) -> Iterator[ChoiceItem]:
-    ability, make_group, answers = _TASKS[task]
-    for number in range(max(1, per_task // answers)):
-        question, draws = make_group(random.Random(f"{seed}/{task}/{number}"))
-        for answer, draw in draws.items():
-            name = f"{task}/{seed}/{number}/{answer}"
-            yield ChoiceItem(
-                id=name,
-                prompt=question,
-                answer=answer,
-                distractors=tuple(other for other in draws if other != answer),
-                task=task,
-                ability=ability,
-                images=(partial(draw, name),),
-            )
-
-
-def _held_out(make: Callable[[], Scene]) -> Draw:
-    """Draws the first scene that training never shows."""
-    while (scene := make()).split != "held_out":
-        pass
-    return partial(draw_scene, scene)
+def _held_out(answers: Iterable[str], make: Callable[[str], Scene]) -> dict[str, Draw]:
+    """For each answer what draws the first of the scenes made for it that training never shows."""
+    draws: dict[str, Draw] = {}
+    for answer in answers:
+        while (scene := make(answer)).split != "held_out":
+            pass
+        draws[answer] = partial(shapes.draw_scene, scene)
+    return draws
 
 
 def _attribute(asked: str, answers: Sequence[str], named: str, names: Sequence[str], question: str) -> MakeGroup:
     """Asks for one attribute of a thing that another attribute names; a second thing differs in that one."""
 
-    def scene(rng: random.Random, name: str, answer: str) -> Scene:
-        thing = replace(random_thing(rng), **{asked: answer, named: name})
-        while getattr(other := random_thing(rng), named) == name:
-            pass
-        return Scene(thing, relation=rng.choice(RELATIONS), other=other)
-
     def group(rng: random.Random) -> Group:
         name = rng.choice(names)
-        return question.format(name), {answer: _held_out(partial(scene, rng, name, answer)) for answer in answers}
+
+        def scene(answer: str) -> Scene:
+            thing = replace(random_thing(rng), **{asked: answer, named: name})
+            while getattr(other := random_thing(rng), named) == name:
+                pass
+            return Scene(thing, relation=rng.choice(RELATIONS), other=other)
+
+        return question.format(name), _held_out(answers, scene)
 
     return group
 
 
 def _count(rng: random.Random) -> Group:
-    def scene(count: int) -> Scene:
-        return Scene(random_thing(rng), count=count)
-
-    draws = {word: _held_out(partial(scene, count)) for count, word in enumerate(NUMBERS, start=1)}
-    return "How many shapes are there?", draws
+    scenes = _held_out(NUMBERS, lambda number: Scene(random_thing(rng), count=NUMBERS.index(number) + 1))
+    return "How many shapes are there?", scenes
 
 
 def _relation(rng: random.Random) -> Group:
@@ -155,24 +115,23 @@ def _relation(rng: random.Random) -> Group:
         thing, other = replace(random_thing(rng), shape=first), replace(random_thing(rng), shape=second)
         return Scene(thing, relation=relation, other=other)
 
-    draws = {relation: _held_out(partial(scene, relation)) for relation in RELATIONS}
-    return f"Where is the {first}, seen from the {second}?", draws
+    return f"Where is the {first}, seen from the {second}?", _held_out(RELATIONS, scene)
 
 
 def _two_kinds(rng: random.Random) -> tuple[Thing, Thing]:
     """Small things of different colours and forms."""
-    shapes, colours = rng.sample(SHAPES, 2), rng.sample(list(COLOURS), 2)
-    return Thing(colours[0], shapes[0], "small"), Thing(colours[1], shapes[1], "small")
+    forms, colours = rng.sample(SHAPES, 2), rng.sample(list(COLOURS), 2)
+    return Thing(colours[0], forms[0], "small"), Thing(colours[1], forms[1], "small")
 
 
 def _comparison(rng: random.Random) -> Group:
     first, second = _two_kinds(rng)
     fewer, more = sorted(rng.sample(range(1, len(NUMBERS) + 1), 2))
     draws: dict[str, Draw] = {
-        _plural(first): partial(_draw_groups, first, more, second, fewer),
-        _plural(second): partial(_draw_groups, first, fewer, second, more),
+        first.plural: partial(_draw_groups, first, more, second, fewer),
+        second.plural: partial(_draw_groups, first, fewer, second, more),
     }
-    return f"Are there more {_plural(first)} or more {_plural(second)}?", draws
+    return f"Are there more {first.plural} or more {second.plural}?", draws
 
 
 def _arithmetic(rng: random.Random) -> Group:
@@ -181,20 +140,15 @@ def _arithmetic(rng: random.Random) -> Group:
     for difference, word in enumerate(NUMBERS[:-1], start=1):
         fewer = rng.randint(1, len(NUMBERS) - difference)
         draws[word] = partial(_draw_groups, first, fewer + difference, second, fewer)
-    return f"How many more {_plural(first)} than {_plural(second)} are there?", draws
-
-
-def _plural(thing: Thing) -> str:
-    return f"{thing.colour} {thing.shape}{'es' if thing.shape == 'cross' else 's'}"
+    return f"How many more {first.plural} than {second.plural} are there?", draws
 
 
 def _draw_groups(first: Thing, first_count: int, second: Thing, second_count: int, seed: str) -> Image.Image:
     """So many of each, strewn over a grid of three by three."""
     rng = random.Random(seed)
     things = [first] * first_count + [second] * second_count
-    cells = rng.sample([(x, y) for x in (0.2, 0.5, 0.8) for y in (0.2, 0.5, 0.8)], len(things))
-    places = [(x + rng.uniform(-0.03, 0.03), y + rng.uniform(-0.03, 0.03)) for x, y in cells]
-    return paint(things, places, rng.randint(215, 250), rng, image_size=224)
+    places = shapes.scattered(rng, (0.2, 0.5, 0.8), len(things), 0.03)
+    return shapes.paint(things, places, rng.randint(215, 250), rng)
 
 
 _COLOURS, _SIZES = list(COLOURS), list(SIZES)

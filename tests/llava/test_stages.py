@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from mir_lightning.llava.export import export
-from mir_lightning.llava.module import LlavaPretraining, LoraOptions
-from mir_lightning.llava.saved import load_vlm
-from mir_lightning.llava.schedule import Part, Stage, optimizer_groups, parameters_of, stage_table
+from mir_lightning.llava.console import stage_table
+from mir_lightning.llava.model.module import LlavaPretraining, LoraOptions
+from mir_lightning.llava.model.saving import export, load_vlm
+from mir_lightning.llava.model.stages import Part, Stage, optimizer_groups
+from mir_lightning.vlm import parameters_of
 from tests.models import tiny_batch, tiny_llava
 
 LLM, TOWER, PROJECTOR = "model.language_model", "model.vision_tower.encoder.layers", "model.multi_modal_projector"
@@ -118,8 +119,8 @@ def test_moca_trains_in_every_schedule(folder, tmp_path, name):
     before = _copy(module)
     _run(module, tmp_path, 2)
     assert _changed(module, before) == expected(module) | calibration
-    groups = [group for group in module._groups if calibration & set(group.names)]
-    assert calibration == {name for group in groups for name in group.names}
+    groups = [group for group in module._groups if calibration & set(group.parameters)]
+    assert calibration == {name for group in groups for name in group.parameters}
     assert all(part.lr == 1e-2 for group in groups for part in group.parts)
     assert not any(group.weight_decay(0) for group in groups)
 
@@ -219,8 +220,8 @@ def test_a_staged_run_resumes_in_its_stage(folder, tmp_path):
 
 def test_norms_and_biases_get_no_weight_decay(folder):
     module = _module(folder, Stage([Part("llm", 1e-3, weight_decay=0.1), Part("vision", 1e-3, weight_decay=0.1)]))
-    decayed = [name for group in module._groups for name in group.names if group.weight_decay(0)]
-    spared = [name for group in module._groups for name in group.names if not group.weight_decay(0)]
+    decayed = [name for group in module._groups for name in group.parameters if group.weight_decay(0)]
+    spared = [name for group in module._groups for name in group.parameters if not group.weight_decay(0)]
     assert decayed
     assert all("norm" not in name and not name.endswith("bias") for name in decayed)
     assert all("norm" in name or name.endswith("bias") or "class_embedding" in name for name in spared)
@@ -240,7 +241,7 @@ def test_the_table_a_person_reads(folder):
     rows = [line.split() for line in stage_table(module.vlm, module.stages[0]).splitlines()]
     assert rows[0] == ["module", "layers", "parameters", "trainable", "lr", "weight", "decay"]
     assert [row[:2] for row in rows[1:]] == [["projector", "all"], ["vision", "-"], ["llm", ":2"]]
-    trainable = sum(p.numel() for p in parameters_of(module.vlm, module.stages[0].train[1]).values())
+    trainable = sum(p.numel() for p in parameters_of(module.vlm, "llm", ":2").values())
     assert rows[3][3:] == [f"{trainable:,}", "2e-05", "0.1"]
 
 

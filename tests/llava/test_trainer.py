@@ -9,7 +9,7 @@ import pytest
 
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.schedule import Schedule
-from mir_lightning.llava.signals import Preemption
+from mir_lightning.llava.trainer import Preemption
 from tests.training import Pretraining, fit
 
 

@@ -1,20 +1,14 @@
-"""Models too large for one device: FSDP2 over all ranks, and the whole model gathered again for export."""
-
-from __future__ import annotations
+"""Models too large for one device: FSDP2 over all ranks."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from peft import inject_adapter_in_model
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from mir_lightning.llava.saved import from_config
 from mir_lightning.vlm import find_decoder
 
 
@@ -23,9 +17,6 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Checkpoints are single files, written by rank 0 as under other strategies: whole or not there. A run that began
     with this strategy goes on with it, on any number of devices.
-
-    Args:
-        options: of :class:`~lightning.pytorch.strategies.ModelParallelStrategy`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -62,22 +53,3 @@ def shard(vlm: PreTrainedModel, mesh: DeviceMesh) -> None:
     for layer in find_decoder(vlm).layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(vlm, mesh=mesh)
-
-
-def gathered(vlm: PreTrainedModel) -> PreTrainedModel | None:
-    """The whole model, on the CPU, of a sharded one: call it on every rank; ``None`` on all but the first.
-
-    A model that is not sharded is returned as it is.
-    """
-    if not isinstance(vlm, FSDPModule):
-        return vlm
-    state = get_model_state_dict(vlm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not state:
-        return None
-    with torch.device("meta"):
-        whole = from_config(vlm.config)
-        for config in getattr(vlm, "peft_config", {}).values():
-            inject_adapter_in_model(config, whole)
-    nn.Module.load_state_dict(whole, state, assign=True)
-    whole.tie_weights()
-    return whole

@@ -1,0 +1,1 @@
+"""Samples, how they are written for a model, and batches of them."""

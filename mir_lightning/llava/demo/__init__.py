@@ -1,0 +1,1 @@
+"""What runs without a download: packaged weights and a world of drawn shapes."""

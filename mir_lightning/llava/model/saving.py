@@ -1,0 +1,190 @@
+"""Models in files: whole ones in Hugging Face format, the recipe's Lightning checkpoints, small parts alone."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from peft import set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from mir_lightning import moca
+from mir_lightning.functional.checks import check_loaded
+from mir_lightning.llava.trainer import BetweenSteps
+from mir_lightning.moca.inject import CONFIG_FLAG
+from mir_lightning.vlm import parameters_of
+
+_VLM_PREFIX = "vlm."  # where the recipe's LightningModule keeps the model
+_ADAPTER_PREFIX = "base_model.model."  # of every name in a file of peft
+
+
+def load_vlm(place: str, **options: Any) -> PreTrainedModel:
+    """A whole vision-language model of a folder, a hub id, or a ``.ckpt`` of the recipe; with MoCa if it had it.
+
+    A checkpoint that is not the recipe's, or holds LoRA adapters, raises a ``ValueError``.
+    """
+    if not place.endswith(".ckpt"):
+        if getattr(AutoConfig.from_pretrained(place), CONFIG_FLAG, False):
+            return moca.from_pretrained(place, **options)
+        return load_whole(AutoModelForImageTextToText, place, **options)
+    checkpoint = torch.load(place, map_location="cpu", weights_only=True)
+    if "vlm_config" not in checkpoint:
+        raise ValueError(f"{place} is no checkpoint of the recipe: it does not hold the model's config.")
+    state = checkpoint["state_dict"]
+    if any(".lora_" in name for name in state):
+        raise ValueError(f"{place} holds LoRA adapters: take the folder of the same name beside it, merged.")
+    model = _from_config(AutoConfig.for_model(**checkpoint["vlm_config"]), **options)
+    model.load_state_dict({k.removeprefix(_VLM_PREFIX): v for k, v in state.items() if k.startswith(_VLM_PREFIX)})
+    return model
+
+
+def load_whole(model_class: Any, place: str | Path, parts: bool = False, **options: Any) -> PreTrainedModel:
+    """What ``from_pretrained`` gives, or a ``ValueError`` that names what the files lack or have too much.
+
+    Transformers draws missing weights at random, with a warning only. What a model ties or makes itself is not
+    missing. ``parts``: the files may hold more, as those of a CLIP hold a text model beside the encoder.
+    """
+    model, found = model_class.from_pretrained(place, output_loading_info=True, **options)
+    check_loaded(place, found, parts)
+    return model
+
+
+def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of that config, untrained, with MoCa if the config says so."""
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, **options)
+    if getattr(config, CONFIG_FLAG, False):
+        moca.inject_moca(model)
+    return model
+
+
+def processor_place(place: str) -> str:
+    """Where a model's processor lies: with it or, of a ``.ckpt``, in an export of its run, or a ``ValueError``."""
+    path = Path(place).absolute()
+    exports = (path.with_suffix(""), path.parent.parent / "model", *sorted(path.parent.glob("*")))
+    found = [place] if path.suffix != ".ckpt" else [str(folder) for folder in exports if has_processor(folder)]
+    if not found:
+        raise ValueError(
+            f"{path}: no processor in the folder of its name, in another one beside it, or in ../model; the "
+            "command line takes --processor."
+        )
+    return found[0]
+
+
+def has_processor(folder: Path) -> bool:
+    """Whether a processor was saved into the folder."""
+    return any((folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor"))
+
+
+def load_part(vlm: PreTrainedModel, file: Path) -> None:
+    """Read a projector, MoCa or LoRA adapters, files of an export, into a model that has such a part.
+
+    Another part, names or shapes than the model's, or what is not safetensors, raise a ``ValueError``.
+    """
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"parts: {file} cannot be read as safetensors: {error}.") from error
+    if all(name.startswith("layers.") for name in tensors):
+        moca.load_moca(vlm, file)
+    elif all(name.startswith(_ADAPTER_PREFIX) for name in tensors):
+        adapters = parameters_of(vlm, "lora", required=False)
+        if not adapters:
+            raise ValueError(f"parts: {file} holds LoRA adapters: set model.lora, of the same rank and targets.")
+        given = {name.removeprefix(_ADAPTER_PREFIX): tensor for name, tensor in tensors.items()}
+        _check_same({name.replace(".default.", "."): p for name, p in adapters.items()}, given, file)
+        set_peft_model_state_dict(vlm, given)
+    else:
+        projector = parameters_of(vlm, "projector")
+        _check_same(projector, tensors, file)
+        with torch.no_grad():
+            for name, parameter in projector.items():
+                parameter.copy_(tensors[name])
+
+
+def _check_same(own: dict[str, nn.Parameter], given: dict[str, Tensor], file: Path) -> None:
+    for name in sorted(own.keys() ^ given.keys()):
+        where = "the model" if name in own else "the file"
+        raise ValueError(f"parts: {file} does not fit the model: only {where} has {name}.")
+    for name, parameter in own.items():
+        if parameter.shape != given[name].shape:
+            raise ValueError(
+                f"parts: {file} does not fit the model: {name} is {list(given[name].shape)} there, and "
+                f"{list(parameter.shape)} in the model."
+            )
+
+
+def gathered(vlm: PreTrainedModel) -> PreTrainedModel | None:
+    """The whole model, on the CPU, of a sharded one: call it on every rank; ``None`` on all but the first.
+
+    A model that is not sharded is returned as it is.
+    """
+    if not isinstance(vlm, FSDPModule):
+        return vlm
+    state = get_model_state_dict(vlm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not state:
+        return None
+    with torch.device("meta"):
+        whole = _from_config(vlm.config)
+        for config in getattr(vlm, "peft_config", {}).values():
+            whole.add_adapter(config)
+    nn.Module.load_state_dict(whole, state, assign=True)
+    whole.tie_weights()
+    return whole
+
+
+def export(vlm: PreTrainedModel, processor: Any, folder: Path) -> None:
+    """Write a folder that ``AutoModelForImageTextToText`` and ``AutoProcessor`` load.
+
+    LoRA adapters are merged into the model, and lie in ``adapter/`` as well, for peft. The projector lies in
+    ``projector.safetensors``, under the names it has in the model, MoCa in ``moca.safetensors``; a whole model
+    with MoCa is loaded by :func:`mir_lightning.moca.from_pretrained`.
+    """
+    beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    whole = vlm
+    if parameters_of(vlm, "lora", required=False):
+        vlm.save_pretrained(beside / "adapter")  # of a model with adapters, them alone, as peft does
+        whole = copy.deepcopy(vlm)
+        for name, module in list(whole.named_modules()):
+            if isinstance(module, LoraLayer):
+                module.merge()
+                whole.set_submodule(name, module.get_base_layer())
+        del whole.peft_config
+        whole._hf_peft_config_loaded = False
+    whole.save_pretrained(beside)
+    processor.save_pretrained(beside)
+    projector = {name: p.detach().cpu() for name, p in parameters_of(vlm, "projector").items()}
+    save_file(projector, beside / "projector.safetensors")
+    if getattr(vlm.config, CONFIG_FLAG, False):
+        moca.save_moca(vlm, beside / "moca.safetensors")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def export_trained(trainer: pl.Trainer, folder: Path) -> None:
+    """Export the model in training; every rank has to call it, the first one writes."""
+    module: Any = trainer.lightning_module
+    vlm = gathered(module.vlm)
+    if vlm is not None and trainer.is_global_zero:
+        export(vlm, module.processor, folder)
+
+
+class ExportingCheckpoint(BetweenSteps):
+    """Lightning's checkpoints; each kept one has a folder in Hugging Face format beside it, of the same name."""
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        export_trained(trainer, Path(filepath).with_suffix(""))
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            shutil.rmtree(Path(filepath).with_suffix(""), ignore_errors=True)

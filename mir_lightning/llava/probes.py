@@ -1,0 +1,93 @@
+"""What is asked of a model in training, made of its data: a held-out probe, choices, captions, few-shot items."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from mir_lightning import MIRCallback
+from mir_lightning.llava.data.module import PretrainingData
+from mir_lightning.llava.data.source import Sample
+from mir_lightning.llava.demo.questions import shapes_choices, shapes_few_shot
+from mir_lightning.probing.choices.few_shot import FewShotProbe
+from mir_lightning.probing.choices.items import IMAGE, ChoiceItem, load_choice_items
+from mir_lightning.probing.choices.m3_bench import load_m3_bench
+from mir_lightning.probing.choices.probe import ChoiceProbe
+from mir_lightning.probing.pairs import PairProbe, read_pairs
+from mir_lightning.probing.probe import Probe
+
+
+@dataclass(frozen=True)
+class ProbeFolders:
+    """What to measure MIR on, instead of samples held out of the training data.
+
+    Args:
+        images: folder of pictures; picture i goes with text i, as in the MIR paper.
+        texts: folder of ``.txt``, ``.story`` or ``.jsonl`` files.
+    """
+
+    images: Path | None = None
+    texts: Path | None = None
+
+
+class RecipeMIR(MIRCallback):
+    """:class:`MIRCallback` on a probe that the data makes; all its options."""
+
+    def __init__(self, probe: ProbeFolders = ProbeFolders(), **options: Any) -> None:
+        super().__init__(probe=(), **options)
+        self.folders = probe
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the probe."""
+        data: PretrainingData = trainer.datamodule  # type: ignore[attr-defined]
+        self.probe = mir_probe(data, self.folders)
+        super().on_fit_start(trainer, pl_module)
+
+
+def mir_probe(data: PretrainingData, folders: ProbeFolders) -> Probe:
+    """Held-out samples with their labels, or pictures and texts of folders that hold ``probe_size`` of them."""
+    if (folders.images is None) != (folders.texts is None):
+        raise ValueError("probe: images and texts go together.")
+    if folders.images is not None and folders.texts is not None:
+        pairs = read_pairs(folders.images, folders.texts, data.probe_size)
+        module: Any = data.trainer.lightning_module  # type: ignore[union-attr]
+        return PairProbe(module.processor, module.vlm.config, pairs, data.batch_size)
+    held_out, collate, size = data.samples[1], data.collate, data.batch_size
+    chunks = (range(start, min(start + size, len(held_out))) for start in range(0, len(held_out), size))
+    batches = [collate([held_out[index] for index in chunk]) for chunk in chunks]
+    for line in (line for batch in batches for line in batch.pop("unreadable")):
+        rank_zero_warn(f"replaced in the probe: {line}")
+    return Probe(batches)
+
+
+def choices(data: PretrainingData) -> ChoiceProbe:
+    """Multiple-choice items, asked as the model is trained to answer."""
+    if data.choice_items is not None:
+        items = (load_m3_bench if data.choice_items.is_dir() else load_choice_items)(data.choice_items)
+    else:
+        items = shapes_choices(data.shapes_choices, data.seed)
+    return ChoiceProbe(items, data.collate.processor, data.collate.prompt.question("{prompt}"))
+
+
+def few_shot(data: PretrainingData) -> FewShotProbe:
+    """Built-in captions and short answers after 0, 4 and 8 examples, with MM1's prompts."""
+    return FewShotProbe(*shapes_few_shot(data.shapes_few_shot, data.seed), data.collate.processor)
+
+
+def captions(data: PretrainingData) -> FewShotProbe:
+    """The first pictures of the held-out samples, asked for their captions as in training."""
+    held_out, items = data.samples[1], list[ChoiceItem]()
+    for index in range(len(held_out)):
+        if len(items) == data.caption_pictures:
+            break
+        sample: Sample = held_out[index]
+        images, turns = sample.images, sample.turns
+        if len(images) == 1 and len(turns) > 1:
+            asked = turns[0] if data.prompt == "chat" else ""
+            prompt = asked if IMAGE in asked else f"{IMAGE}\n{asked}".strip()
+            items.append(ChoiceItem(f"held out {index}", prompt, turns[1], (), "caption", "caption", images))
+    if not items:
+        raise ValueError("caption_pictures: no held-out sample is one picture with an answer; set it to 0.")
+    return FewShotProbe(items, (), data.collate.processor, (0,), template=data.collate.prompt.question("{prompt}"))

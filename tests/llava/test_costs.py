@@ -1,0 +1,134 @@
+import time
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mir_lightning.callbacks.base import ProbingCallback
+from mir_lightning.callbacks.schedule import Schedule
+from mir_lightning.llava.costs import Throughput, training_flops, training_memory
+from mir_lightning.llava.model.stages import Part, Stage, freeze_all_but
+from mir_lightning.report import read_run
+from mir_lightning.vlm import token_masks
+from tests.families import build_family, family_batch
+from tests.models import llava_7b, tiny_batch, tiny_llava
+from tests.training import Pretraining, fit
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [Part("projector", 1.0)],
+        [Part("projector", 1.0), Part("llm", 1.0)],
+        [Part("projector", 1.0), Part("llm", 1.0), Part("vision", 1.0)],
+    ],
+    ids=["projector", "llm", "all"],
+)
+def test_operations_of_a_step_are_those_that_torch_counts(parts):
+    model, batch = build_family("llava"), family_batch("llava")
+    model.set_attn_implementation("eager")  # the others are not counted on CPU
+    freeze_all_but(model, Stage(parts))
+    labels = batch["input_ids"]
+    with FlopCounterMode(display=False) as counter:
+        model(**batch, labels=labels, use_cache=False).loss.backward()
+    vision = token_masks(model.config, batch, "all").vision
+    ours = training_flops(model)({**batch, "labels": labels}, vision)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_waiting_is_counted_and_not_working(tmp_path):
+    class Slow(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            time.sleep(0.04)
+            return tiny_batch(seed=index)
+
+    class Working(Pretraining):
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.08)
+            return super().training_step(batch, batch_idx)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(Slow(), batch_size=None)
+
+    class Seconds(pl.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            seen.append(sum(trainer.profiler.recorded_durations["[_TrainingEpochLoop].train_dataloader_next"]))
+
+    seen = []
+    fit(tmp_path, [Throughput(window_size=2), Seconds()], Working(), max_steps=4)
+    assert all(0.04 <= waited < 0.06 for waited in seen)  # of one batch
+    shares = [share for _, share in read_run(tmp_path).curves["train/data_wait"]]
+    assert all(0 < share < 0.04 / 0.12 for share in shares)
+
+
+class SlowProbe(ProbingCallback):
+    """Takes a third of a second after each step."""
+
+    label, best = "Slow", "min"
+
+    def __init__(self):
+        super().__init__(Schedule(1), False, False, "slow", "raise", None, False)
+
+    def _prepare(self, pl_module):
+        return "none", {}
+
+    def _measure(self, trainer, pl_module):
+        time.sleep(0.3)
+        return SimpleNamespace(seconds=0.3)
+
+    def _values(self, result):
+        return {}
+
+    def _point(self, result, step):
+        return {"step": step, "seconds": 0.3}
+
+    def _draw(self, trainer, result):
+        pass
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_time_of_probes_counts_neither_as_training_nor_as_waiting(tmp_path, first):
+    callbacks = [Throughput(window_size=2), SlowProbe()]
+    trainer, _ = fit(tmp_path, callbacks if first else callbacks[::-1])
+    rows = read_run(tmp_path).curves
+    probed = 0.3 * trainer.global_step
+    assert rows["train/time"][-1][1] < probed / 2
+    assert rows["train/device/batches_per_sec"][-1][1] > 1 / 0.3
+    assert max(share for _, share in rows["train/data_wait"]) <= 1
+
+
+PROJECTOR, EVERYTHING = (Part("projector", 1e-3),), (Part("projector", 1e-3), Part("llm", 1e-3))
+
+
+def test_equals_what_training_allocates():
+    """Weights, gradients and both moments of AdamW, counted after a step."""
+    vlm = tiny_llava()
+    for stages in ([Stage(PROJECTOR)], [Stage(PROJECTOR, steps=1), Stage(EVERYTHING)]):
+        memory = training_memory(vlm, stages)
+        learning = [
+            p
+            for name, p in vlm.named_parameters()
+            if "projector" in name or (len(stages) > 1 and "vision_tower" not in name)
+        ]
+        optimizer = torch.optim.AdamW(learning)
+        for parameter in learning:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        assert memory.weights == sum(p.nbytes for p in vlm.parameters())
+        assert memory.gradients == sum(p.grad.nbytes for p in learning)
+        assert memory.optimizer == sum(moment.nbytes for moment in moments)
+
+
+@pytest.mark.parametrize(
+    ("train", "shards", "gigabytes"), [(PROJECTOR, 1, 28.5), (EVERYTHING, 1, 109.4), (EVERYTHING, 8, 13.7)]
+)
+def test_a_7b_as_the_docs_say(train, shards, gigabytes):
+    memory = training_memory(llava_7b(), [Stage(train)], shards)
+    assert f"{sum(memory) / 1e9:.1f}" == f"{gigabytes}"
+    assert str(memory).startswith(f"{gigabytes} GB a device: weights")
