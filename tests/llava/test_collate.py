@@ -7,6 +7,10 @@ from mir_lightning.llava.data.prompts import ChatPrompt, PlainPrompt
 from mir_lightning.llava.data.source import Sample
 from mir_lightning.llava.demo.shapes import COLOURS, Scene, ShapesDataset, Thing, draw_sample
 from mir_lightning.llava.demo.weights import build_packaged_processor
+from mir_lightning.llava.model.module import labelled_only
+from mir_lightning.probing.images import UnreadableImageError
+from tests.items import QWEN_IMAGE, picture
+from tests.processors import FAMILIES, build
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +124,173 @@ def test_too_long_samples_are_cut_but_not_inside_their_pictures(processor):
     assert ConversationCollator(processor, PlainPrompt(), 60)([sample])["input_ids"].shape == (1, 60)
     with pytest.raises(ValueError, match="max_length=40 would cut a sample inside its pictures, which take 49"):
         ConversationCollator(processor, PlainPrompt(), 40)([sample])
+
+
+HEAD = "<|im_start|>{{ m['role'] }}\n"
+END = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEXTS = "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }}{% endfor %}"
+LAST_QUESTION = (
+    "{% set n = namespace(q=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set n.q = loop.index0 %}"
+    "{% endif %}{% endfor %}"
+)
+THINKS = "{% if m['role'] == 'assistant' and loop.index0 > n.q %}<think>\n\n</think>\n\n{% endif %}"
+# How families write conversations, and what is learned of two answers.
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}" + HEAD + "{{ m['content'] }}" + END,
+        "A kite.<|im_end|>\nGreen.<|im_end|>\n",
+    ),
+    "trims": (
+        "{% for m in messages %}" + HEAD + "{{ m['content'] | trim }}" + END,
+        "A kite.<|im_end|>\nGreen.<|im_end|>\n",
+    ),
+    "parts": ("{% for m in messages %}" + HEAD + TEXTS + END, "A kite.<|im_end|>\nGreen.<|im_end|>\n"),
+    "thinks in the last answer": (
+        LAST_QUESTION + "{% for m in messages %}" + HEAD + THINKS + "{{ m['content'] }}" + END,
+        "A kite.<|im_end|>\nGreen.<|im_end|>\n",
+    ),
+    "llama 2": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+        " A kite. <|im_end|> Green. <|im_end|>",
+    ),
+    "vicuna": (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}{% else %}"
+        "{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+        " A kite.<|im_end|> Green.<|im_end|>",
+    ),
+    "gemma": (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>"
+        "{{ 'model' if m['role'] == 'assistant' else 'user' }}\n"
+        "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "A kite.<end_of_turn>\nGreen.<end_of_turn>\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_exactly_the_answers_are_learned_whatever_the_template(processor, name):
+    template, learned = TEMPLATES[name]
+    prompt = ChatPrompt(processor.tokenizer, template=template)
+    turns = ("What flies?", "A kite.", "And what colour is the field?", "Green.")
+    for sample in (Sample((), turns), Sample((Image.new("RGB", (9, 9)),), turns)):
+        batch = ConversationCollator(processor, prompt)([sample])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        assert processor.tokenizer.decode(labels[labels != -100]) == learned
+        text = processor.tokenizer.decode(ids).replace(processor.image_token, "")
+        assert [text.count(turn) for turn in turns] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}" + HEAD + "{{ m['content'] | upper }}" + END, "writes no turn"),
+        (
+            "{% for m in messages %}" + HEAD + "{{ m['content'] | replace('kite', 'bird') }}" + END,
+            "changes what is said",
+        ),
+        ("{{ messages[0]['content'] }}", "leaves out a turn"),
+        (
+            "{{ messages[0]['content'] }}{% if messages[1:] %}{{ raise_exception('one turn') }}{% endif %}",
+            "refuses .* one turn",
+        ),
+    ],
+)
+def test_templates_that_change_what_is_said_are_refused(processor, template, message):
+    with pytest.raises(ValueError, match=message):
+        ChatPrompt(processor.tokenizer, template=template)(("What flies?", "A kite."), 0)
+
+
+def test_samples_that_cannot_be_used_are_left_out_by_name(processor):
+    picture, thin = Image.new("RGB", (9, 9)), Image.new("RGB", (900, 2))
+
+    class Picky(type(processor)):
+        def __call__(self, images=None, **options):
+            if any(image.width > 200 * image.height for row in images or () for image in row):
+                raise ValueError("absolute aspect ratio must be smaller than 200")
+            return super().__call__(images=images, **options)
+
+    picky = Picky(**{name: getattr(processor, name) for name in ("image_processor", "tokenizer", "patch_size")})
+    picky.image_token, picky.image_token_id = processor.image_token, processor.image_token_id
+    picky.vision_feature_select_strategy = "full"
+    samples = [
+        Sample((picture,), ("<image>", "A good one."), name="good"),
+        Sample((thin,), ("<image>", "Thin."), name="thin"),
+        Sample((picture,), ("<image>", f"It says {processor.image_token}."), name="token"),
+        Sample((), ("Say.", "A lone \ud800 surrogate."), name="surrogate"),
+        Sample((), ("words " * 300, "Cut off."), name="long"),
+        Sample((picture,), ("words " * 300 + "<image>", "Cut off."), name="late"),
+        Sample((picture,), ("<image>", "Two <image> places."), name="places"),
+    ]
+    collate = ConversationCollator(picky, ChatPrompt(processor.tokenizer), 200)
+    batch = collate(samples)
+    said = "\n".join(batch["unreadable"])
+    for line in (
+        "thin: absolute aspect ratio",
+        f"token: its text holds '{processor.image_token}'",
+        "surrogate: ",
+        "long: max_length=200 leaves nothing of it to learn",
+        "late: max_length=200 would cut a sample inside its pictures, which take 49 tokens and end at",
+        "places: its text has 2 places",
+    ):
+        assert line in said
+    assert "good" not in said
+    assert batch["input_ids"].shape[0] == len(batch["pixel_values"]) == len(samples)
+    with pytest.raises(UnreadableImageError, match="no sample of a batch can be used: long: max_length"):
+        collate(samples[4:5])
+
+
+def test_pictures_in_an_answer_are_not_learned(processor):
+    collate = ConversationCollator(processor, ChatPrompt(processor.tokenizer))
+    batch = collate([Sample((Image.new("RGB", (9, 9)),), ("Draw.", "Here: <image> done."))])
+    labels = batch["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]) == "Here:  done.<|im_end|>\n"
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 49
+
+
+def test_a_batch_of_text_gets_a_blank_picture_with_nothing_to_learn(processor):
+    samples = [Sample((), ("Say.", "A kite.")), Sample((), ("Say.", "A field."))]
+    plain = ConversationCollator(processor, PlainPrompt())(samples)
+    batch = ConversationCollator(processor, PlainPrompt(), always_pictures=True)(samples)
+    assert "pixel_values" not in plain
+    assert batch["pixel_values"].shape == (1, 3, 224, 224)
+    assert (batch["labels"][2] == -100).all()
+    width = plain["labels"].shape[1]
+    assert torch.equal(batch["labels"][:2, :width], plain["labels"])
+    assert (batch["labels"][:2, width:] == -100).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_are_what_the_models_own_processor_makes(family):
+    model, processor = build(family)
+    mark = QWEN_IMAGE if "qwen" in family else processor.image_token
+    processor.chat_template = (  # tells what stands for a picture
+        "{% for c in messages[0]['content'] %}{% if c['type'] == 'image' %}"
+        + mark
+        + "{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    )
+    prompt, samples = PlainPrompt(), []
+    for seed, sizes in enumerate([[(16, 16)], [(24, 16), (16, 24)], [(16, 16)]]):
+        images = tuple(picture(10 * seed + i, *size) for i, size in enumerate(sizes))
+        samples.append(Sample(images, ("", ("a red star", "two green circles", "it")[seed])))
+    batch = ConversationCollator(processor, prompt)(samples)
+    batch.pop("unreadable")
+    whole = processor(
+        images=[list(sample.images) for sample in samples],
+        text=[mark * len(sample.images) + sample.turns[1] + "\n" for sample in samples],
+        padding=True,
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    for row, expected, valid in zip(
+        batch["input_ids"], whole["input_ids"], whole["attention_mask"].bool(), strict=True
+    ):
+        ids = expected[valid].tolist()
+        assert [token for token in row.tolist() if token in ids][: len(ids)] == ids
+    assert set(batch) == {*whole, "labels"}
+    for key in set(whole) - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}:
+        assert torch.equal(batch[key], whole[key]), key
+    with torch.no_grad():
+        assert model(**labelled_only(batch), use_cache=False).loss.isfinite()

@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mir_lightning.callbacks.base import ProbingCallback
-from mir_lightning.callbacks.schedule import Schedule
 from mir_lightning.llava.costs import Throughput, training_flops, training_memory
 from mir_lightning.llava.model.stages import Part, Stage, freeze_all_but
 from mir_lightning.report import read_run
@@ -66,29 +65,24 @@ def test_waiting_is_counted_and_not_working(tmp_path):
     assert all(0 < share < 0.04 / 0.12 for share in shares)
 
 
+def sleep(network, probe, **options):
+    time.sleep(0.3)
+    return SimpleNamespace(seconds=0.3)
+
+
 class SlowProbe(ProbingCallback):
     """Takes a third of a second after each step."""
 
-    label, best = "Slow", "min"
+    label, best, evaluator = "Slow", "min", staticmethod(sleep)
 
     def __init__(self):
-        super().__init__(Schedule(1), False, False, "slow", "raise", None, False)
+        super().__init__(SimpleNamespace(fingerprint=""), 1, False, False, name="slow", on_error="raise")
 
-    def _prepare(self, pl_module):
-        return "none", {}
+    def make_probe(self, source):
+        return source
 
-    def _measure(self, trainer, pl_module):
-        time.sleep(0.3)
-        return SimpleNamespace(seconds=0.3)
-
-    def _values(self, result):
+    def values(self, result):
         return {}
-
-    def _point(self, result, step):
-        return {"step": step, "seconds": 0.3}
-
-    def _draw(self, trainer, result):
-        pass
 
 
 @pytest.mark.parametrize("first", [True, False])

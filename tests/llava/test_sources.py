@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from mir_lightning.llava.data.records import Records, read_records
+from mir_lightning.llava.data.records import Records, image_path, read_records
 from mir_lightning.llava.data.source import Samples
 from mir_lightning.llava.data.table import Table
 from mir_lightning.probing.images import UnreadableImageError, read_image
@@ -140,3 +140,45 @@ def test_lines_end_at_line_feeds_only_and_a_mark_at_the_start_is_no_text(tmp_pat
     (tmp_path / "x.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n{text}\n".encode())
     read = read_records(tmp_path / "x.jsonl")
     assert [r.turns[1] for r in read] == [answer] * 2
+
+
+def test_pictures_inside_their_folder_are_found_however_they_are_named(tmp_path, images):
+    outside = tmp_path / "outside" / "deep"
+    outside.mkdir(parents=True)
+    (outside.parent / "secret.png").write_bytes((images / "good.png").read_bytes())
+    (images / "link").symlink_to(outside)  # a folder that lies elsewhere
+    (outside / "there.png").write_bytes((images / "good.png").read_bytes())
+    for inside in (str(images / "good.png"), "link/there.png", "./good.png"):
+        assert image_path(images, inside).is_file()
+    with pytest.raises(ValueError, match="lies outside the image folder"):
+        image_path(images, "link/../secret.png")
+
+
+def test_cells_of_a_table(tmp_path, images):
+    datasets = pytest.importorskip("datasets")
+    good = str(images / "good.png")
+    rows = {"image": [good, good, None], "caption": ["Good.", None, "No picture."]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "null")
+    samples = Samples(Table(tmp_path / "null"), [0, 1, 2])
+    assert samples[1].unreadable == (f"{tmp_path / 'null'}, row 1: caption is empty", *samples[2].unreadable)
+    assert "row 2: image is empty" in samples[2].unreadable[0]
+    lists = datasets.Dataset.from_dict({"image": [good], "caption": [["One.", "Two."]]})
+    lists.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "lists")
+    with pytest.raises(ValueError, match=r"column 'caption' holds .* not one text a row"):
+        Table(tmp_path / "lists")
+    several = datasets.Dataset.from_dict({"image": [[good, good]], "caption": ["Two."]})
+    several.save_to_disk(tmp_path / "several")
+    with pytest.raises(ValueError, match=r"column 'image' holds .* not one picture a row"):
+        Table(tmp_path / "several")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_encodings_are_read_or_named(tmp_path, encoding):
+    text = json.dumps([_record(0, "a.png")], ensure_ascii=False)
+    (tmp_path / "a.json").write_bytes(text.encode(encoding))
+    assert read_records(tmp_path / "a.json")[0].images == ("a.png",)
+    (tmp_path / "a.jsonl").write_bytes(
+        text[1:-1].encode("latin-1" if encoding == "utf-8-sig" else encoding) + b"\xff\n"
+    )
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 is not JSON"):
+        read_records(tmp_path / "a.jsonl")

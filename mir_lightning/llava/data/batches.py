@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.utils.data import Sampler
 
 from mir_lightning.llava.data.prompts import IMAGE, PlainPrompt, Span, starts_with_bos
 from mir_lightning.llava.data.source import Sample
+from mir_lightning.probing.choices.probe import common_prefix
+from mir_lightning.probing.images import UnreadableImageError
 
 _GROUP = 50  # batches in which samples are sorted by length
 
@@ -58,57 +61,134 @@ class EpochBatches(Sampler[list[int]]):
 
 @dataclass
 class ConversationCollator:
-    """Turn samples into a batch for a LLaVA-style model; several pictures a sample, or none.
+    """Turn samples into a batch for any model whose processor takes lists of texts and of lists of images.
 
     Every span of a conversation is tokenised by itself, so the boundary between what is learned and what is not is
-    one between tokens: ``labels`` are -100 outside what the model says.
+    one between tokens: ``labels`` are -100 outside what the model says. A sample that cannot be used (nothing of
+    it is learned, its text holds a token of pictures, the processor refuses its picture, its pictures are cut off)
+    is left out like an unreadable one, and the next takes its place.
     """
 
     processor: Any  # tokenizer and image processor of the model, with an ``image_token``
     prompt: PlainPrompt  # how a conversation is written
-    max_length: int = 2048  # tokens that a sample is cut to; one cut inside its pictures is refused
+    max_length: int = 2048  # tokens that a sample is cut to
+    always_pictures: bool = False  # add a blank one, with nothing to learn, to a batch that has none
+
+    def __post_init__(self) -> None:
+        self.picture = picture_text(self.processor)
+        names = ("image_token", "boi_token", "eoi_token", "video_token")
+        self.reserved: set[Any] = {getattr(self.processor, name, None) for name in names} - {None, IMAGE}
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask``, ``labels`` ``[B, S]``, pixels, and ``unreadable``, a list."""
-        written = [self.prompt(sample.turns, len(sample.images)) for sample in samples]
-        images = [image for sample in samples for image in sample.images]
-        pixels, expanded = self._process(images, [text for spans in written for text, _ in spans if IMAGE in text])
-        rows = [self._tokens(spans, expanded) for spans in written]
-        length = max(len(ids) for ids, _ in rows)
-        pad = self.processor.tokenizer.pad_token_id
-        return {
-            "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
-            "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows]),
-            **pixels,
-            "unreadable": [line for sample in samples for line in sample.unreadable],
+        """``input_ids``, ``attention_mask``, ``labels`` ``[B, S]``, pixels, and ``unreadable``, a list.
+
+        Raises:
+            UnreadableImageError: if no sample can be used.
+        """
+        unreadable = [line for sample in samples for line in sample.unreadable]
+        try:
+            batch = self._batch(samples)
+        except Exception:
+            usable = []
+            for sample in samples:
+                try:
+                    self._batch([sample])
+                    usable.append(sample)
+                except Exception as error:
+                    unreadable.append(f"{sample.name or 'a sample'}: {error}")
+            if not usable:
+                raise UnreadableImageError(f"no sample of a batch can be used: {'; '.join(unreadable)}") from None
+            batch = self._batch([usable[place % len(usable)] for place in range(len(samples))])
+        return {**batch, "unreadable": unreadable}
+
+    def _batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        blank = self.always_pictures and not any(sample.images for sample in samples)
+        written = [self._spans(sample) for sample in samples] + [[Span(IMAGE, False)]] * blank
+        images = [list(sample.images) for sample in samples] + [[Image.new("RGB", (224, 224))]] * blank
+        pixels, expanded = self._process(written, images)
+        rows = [self._row(spans, expanded) for spans in written]
+        for row in rows[: len(samples)]:
+            if not any(label >= 0 for label in row["labels"][1:]):
+                raise ValueError(f"max_length={self.max_length} leaves nothing of it to learn.")
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
+        length = max(len(row["input_ids"]) for row in rows)
+        by_token = {
+            key: torch.tensor([[*row.get(key, []), *[fill.get(key, 0)] * length][:length] for row in rows])
+            for key in dict.fromkeys(key for row in rows for key in row)
         }
+        return {**by_token, **pixels}
 
-    def _process(self, images: list[Image.Image], texts: list[str]) -> tuple[dict[str, Any], Iterator[list[int]]]:
-        """Pixels, and the token ids of each text with its placeholders expanded."""
-        if not images:
+    def _spans(self, sample: Sample) -> list[Span]:
+        for token in self.reserved:
+            if any(token in turn for turn in sample.turns):
+                raise ValueError(f"its text holds {token!r}, which stands for pictures.")
+        spans = self.prompt(sample.turns, len(sample.images))
+        if (places := sum(span.text.count(IMAGE) for span in spans)) != len(sample.images):
+            raise ValueError(f"its text has {places} places ({IMAGE}) for its {len(sample.images)} pictures.")
+        return spans
+
+    def _process(
+        self, written: Sequence[Sequence[Span]], images: Sequence[list[Image.Image]]
+    ) -> tuple[dict[str, Any], Iterator[dict[str, list[int]]]]:
+        """Pixels as the model takes them, and what each token of the spans with pictures has, by span."""
+        texts, shown = [], []
+        for spans, pictures in zip(written, images, strict=True):
+            left = iter(pictures)
+            for span in (span for span in spans if IMAGE in span.text):
+                texts.append(span.text.replace(IMAGE, self.picture))
+                shown.append([next(left) for _ in range(span.text.count(IMAGE))])
+        if not texts:
             return {}, iter(())
-        texts = [text.replace(IMAGE, self.processor.image_token) for text in texts]
-        made = self.processor(images=images, text=texts, add_special_tokens=False)
-        ids = made.pop("input_ids")
-        made.pop("attention_mask")
-        pixels = {key: torch.stack([torch.as_tensor(v) for v in value]) for key, value in made.items()}
-        return pixels, iter(ids)
+        options = {"add_special_tokens": False, "padding": True, "return_tensors": "pt"}
+        made = self.processor(images=shown, text=texts, **options)
+        valid = made["attention_mask"].bool()
+        of_tokens = [key for key, value in made.items() if getattr(value, "shape", None) == valid.shape]
+        rows = [{key: made[key][row][valid[row]].tolist() for key in of_tokens} for row in range(len(texts))]
+        return {key: value for key, value in made.items() if key not in of_tokens}, iter(rows)
 
-    def _tokens(self, spans: Sequence[Span], expanded: Iterator[list[int]]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a sample."""
+    def _row(self, spans: Sequence[Span], expanded: Iterator[dict[str, list[int]]]) -> dict[str, list[int]]:
+        """Token ids and labels of a sample, and what else the processor gives each token: zeros for texts."""
         tokenizer = self.processor.tokenizer
         marked = starts_with_bos(tokenizer) and not self.prompt.writes_its_start
-        ids = [tokenizer.bos_token_id] if marked else []
-        labels = [-100] * len(ids)
-        for text, learned in spans:
-            pictures = IMAGE in text
-            span = next(expanded) if pictures else tokenizer(text, add_special_tokens=False)["input_ids"]
-            if pictures and len(ids) + len(span) > self.max_length:
-                raise ValueError(
-                    f"max_length={self.max_length} would cut a sample inside its pictures, which take {len(span)} "
-                    "tokens: raise it."
-                )
-            ids += span
-            labels += span if learned else [-100] * len(span)
-        return ids[: self.max_length], labels[: self.max_length]
+        row: dict[str, list[int]] = {"input_ids": [tokenizer.bos_token_id] * marked, "labels": [-100] * marked}
+        pictures = -1  # where the last one ends
+        for span in spans:
+            shown = IMAGE in span.text
+            made = next(expanded) if shown else {}
+            ids = made.get("input_ids") or tokenizer(span.text, add_special_tokens=False)["input_ids"]
+            before = len(row["input_ids"])
+            if shown:
+                pictures = before + max(place for place, token in enumerate(ids) if token in self.picture_ids)
+            row["labels"] += ids if span.learned else [-100] * len(ids)
+            row["input_ids"] += ids
+            for key in {*row, *made} - {"labels", "input_ids"}:
+                row[key] = row.get(key, [0] * before) + made.get(key, [0] * len(ids))
+        if pictures >= self.max_length:
+            taken = sum(token in self.picture_ids for token in row["input_ids"])
+            raise ValueError(
+                f"max_length={self.max_length} would cut a sample inside its pictures, which take {taken} tokens "
+                f"and end at token {pictures + 1}: raise it, or leave out what comes before them."
+            )
+        row["attention_mask"] = [1] * len(row["input_ids"])
+        return {key: values[: self.max_length] for key, values in row.items()}
+
+    @cached_property
+    def picture_ids(self) -> set[int]:
+        """Ids of vision tokens."""
+        known = getattr(self.processor, "image_token_id", None)
+        return {known if known is not None else self.processor.tokenizer.convert_tokens_to_ids(self.picture)}
+
+
+def picture_text(processor: Any) -> str:
+    """What stands for a picture in a processor's text: what its chat template writes, or its image token."""
+    token = processor.image_token
+    written = []
+    for count in (1, 2):
+        content = [{"type": "image"}] * count + [{"type": "text", "text": "?"}]
+        try:
+            written.append(processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+        except Exception:  # a template is a program, and fails as it likes; many know no pictures
+            return token
+    start = common_prefix(*written)
+    added = written[1][start : start + len(written[1]) - len(written[0])]
+    return added.strip() if token in added and added in written[0] else token

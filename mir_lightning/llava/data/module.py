@@ -1,6 +1,6 @@
 """The recipe's data: batches that resume anywhere, and samples held out of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,8 @@ class PretrainingData(pl.LightningDataModule):
             template).
         system: system text of ``"chat"``.
         max_length: tokens of a sample.
-        max_unreadable: share of the samples that may have pictures that cannot be read; beyond it the run stops.
+        max_unreadable: share of the samples that may be left out, for pictures that cannot be read or texts that
+            nothing can be learned of; beyond it the run stops.
         group_by_length: put samples of like length into a batch, for less padding.
         probe_size: samples held out of the training data, for the probe.
         caption_pictures: held-out pictures to write captions of at every evaluation; 0 for none.
@@ -91,7 +92,9 @@ class PretrainingData(pl.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("PretrainingData takes its processor from the module: attach it to a Trainer.")
         processor: Any = self.trainer.lightning_module.processor
-        prompt = ChatPrompt(processor.tokenizer, self.system) if self.prompt == "chat" else PlainPrompt()
+        template = getattr(processor, "chat_template", None)
+        chat = self.prompt == "chat"
+        prompt = ChatPrompt(processor.tokenizer, self.system, template) if chat else PlainPrompt()
         return ConversationCollator(processor, prompt, self.max_length)
 
     def accumulate(self, trainer: pl.Trainer) -> None:
@@ -111,8 +114,12 @@ class PretrainingData(pl.LightningDataModule):
             raise ValueError(f"global_batch_size={wanted} is no multiple of {taken}: {remedy}.")
 
     def train_dataloader(self) -> Any:
-        """Batches of the training samples, from where an interrupted epoch stopped."""
-        training, collate, trainer = self.samples[0], self.collate, self.trainer
+        """Batches of the training samples, from where an interrupted epoch stopped.
+
+        Each of them shows a picture, so that all that learns is in every step, on every rank.
+        """
+        training, trainer = self.samples[0], self.trainer
+        collate = replace(self.collate, always_pictures=True)
         size, workers = self.batch_size, self.num_workers
         self._stream = self._source.stream(training, collate, batch_size=size, num_workers=workers)
         if self._stream is not None:
@@ -145,8 +152,8 @@ class PretrainingData(pl.LightningDataModule):
             rank_zero_warn(f"left out: {line}")
         if len(self.unreadable) > self.max_unreadable * len(self.samples[0]):
             raise UnreadableImageError(
-                f"{len(self.unreadable)} pictures cannot be read: more than max_unreadable={self.max_unreadable:g}"
-                f" of the samples; the last: {'; '.join(self.unreadable[-5:])}"
+                f"{len(self.unreadable)} samples cannot be used: more than max_unreadable={self.max_unreadable:g}"
+                f" of them; the last: {'; '.join(self.unreadable[-5:])}"
             )
         return batch
 

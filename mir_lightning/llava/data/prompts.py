@@ -1,13 +1,20 @@
 """How a conversation is written for a model, and which parts of it the model learns to say."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from mir_lightning.probing.choices.items import (
-    IMAGE,  # where a picture stands in a turn, whatever a model's own is
-)
+from jinja2 import TemplateError
 
-Span = tuple[str, bool]  # text, and whether it is learned
+from mir_lightning.probing.choices.items import IMAGE  # where a picture stands, whatever a model's own mark is
+from mir_lightning.probing.choices.probe import common_prefix
+
+
+class Span(NamedTuple):
+    """A part of what is written: all of it is learned, or nothing."""
+
+    text: str  # IMAGE where a picture stands
+    learned: bool
 
 
 class PlainPrompt:
@@ -22,7 +29,7 @@ class PlainPrompt:
         """Spans of a conversation with so many pictures."""
         said = turns[1::2] if len(turns) > 1 else turns
         text = "\n".join(turn.replace(IMAGE, "").strip() for turn in said)
-        return [*([(IMAGE * images, False)] if images else []), (f"{text}\n", True)]
+        return [*([Span(IMAGE * images, False)] if images else []), Span(f"{text}\n", True)]
 
     def question(self, text: str) -> str:
         """A user's turn, up to where the model's answer begins, for a tokenizer that marks the start by itself."""
@@ -30,41 +37,103 @@ class PlainPrompt:
 
 
 class ChatPrompt(PlainPrompt):
-    """The chat template of a tokenizer; the model's turns are learned, with the mark that ends them.
+    """A chat template; what is learned is exactly the model's turns, with the marks that end them.
+
+    The template is written once with the turns and once with marks in their places, so that it may write a turn
+    differently by what follows it. One that changes what is said (a template is a program) raises a
+    ``ValueError``; so does a tokenizer without any, or a template that writes nothing of what is said.
 
     A ``system`` text comes first, for templates that know one. A first token that is no picture keeps the
-    attention sink out of the vision tokens. A tokenizer without chat template raises a ``ValueError``.
+    attention sink out of the vision tokens. ``template``: where it is not the tokenizer's, but its processor's.
     """
 
     writes_its_start = True
 
-    def __init__(self, tokenizer: Any, system: str | None = None) -> None:
-        if tokenizer.chat_template is None:
-            raise ValueError(f'prompt "chat": {type(tokenizer).__name__} has no chat template; use "plain".')
+    def __init__(self, tokenizer: Any, system: str | None = None, template: str | None = None) -> None:
         self.tokenizer = tokenizer
-        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.system = system
+        self.template = template or tokenizer.chat_template
+        if self.template is None:
+            raise ValueError(f'prompt "chat": {type(tokenizer).__name__} has no chat template; use "plain".')
+        mark = _marks(1)
+        self._takes_parts = False
+        if mark[0] not in self._write(mark, False):
+            self._takes_parts = True  # {"type": "text", "text": ...} and no plain texts
+            if mark[0] not in self._write(mark, False):
+                raise ValueError(f'prompt "chat": the chat template of {type(tokenizer).__name__} writes no turn.')
 
     def __call__(self, turns: Sequence[str], images: int) -> list[Span]:
         """Spans of a conversation with so many pictures; those without a place come first."""
         first = f"{IMAGE}\n" * (images - sum(turn.count(IMAGE) for turn in turns)) + turns[0]
-        messages = list(self.system)
-        spans: list[Span] = []
-        written = ""
-        for place, turn in enumerate((first, *turns[1:])):
-            answers = bool(place % 2)
-            messages.append({"role": "assistant" if answers else "user", "content": turn})
-            now = self._write(messages, more_follows=not answers and place + 1 < len(turns))
-            spans.append((now[len(written) :], answers or len(turns) == 1))
-            written = now
-        return spans
+        said, marks = [first, *turns[1:]], _marks(len(turns))
+        frame = self._between(marks, self._write(marks, False))
+        whole = self._write(said, False)
+        for texts in (said, [text.strip() for text in said]):
+            if whole == frame[0] + "".join(text + after for text, after in zip(texts, frame[1:], strict=True)):
+                break
+        else:
+            raise ValueError("the chat template changes what is said in this conversation.")
+        if len(texts) == 1:
+            return _apart(whole, learned=True)
+        spans = [Span(frame[0], False)]
+        for place, text in enumerate(texts):
+            after = frame[place + 1]
+            if place % 2 == 0:  # a question; the blanks before an answer belong to it
+                asked = self._between(marks[: place + 1], self._write(marks[: place + 1], True))[-1]
+                blank = after[len(asked) :] if after.startswith(asked) and not after[len(asked) :].strip() else ""
+                spans += [Span(text + after.removesuffix(blank), False), Span(blank, True)]
+                continue
+            last = place + 1 == len(texts)
+            alone = self._between(marks[: place + 1], self._write(marks[: place + 1], False))[-1]
+            end = after if last else after[: common_prefix(after, alone)]
+            spans += [*_apart(text + end, learned=True), Span(after[len(end) :], False)]
+        return _joined(spans)
 
     def question(self, text: str) -> str:
         """A user's turn, up to where the model's answer begins."""
-        written = self._write([*self.system, {"role": "user", "content": text}], more_follows=True)
+        written = self._write([text], True)
         return written.removeprefix(self.tokenizer.bos_token) if starts_with_bos(self.tokenizer) else written
 
-    def _write(self, messages: list[dict[str, str]], more_follows: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=more_follows)
+    def _write(self, turns: Sequence[str], answer_follows: bool) -> str:
+        roles = [*(["system"] if self.system is not None else []), *["user", "assistant"] * len(turns)]
+        texts = [*([self.system] if self.system is not None else []), *turns]
+        parts = [[{"type": "text", "text": text}] if self._takes_parts else text for text in texts]
+        messages = [{"role": role, "content": part} for role, part in zip(roles, parts, strict=False)]
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=answer_follows
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    def _between(self, marks: Sequence[str], written: str) -> list[str]:
+        """What is written before, between and after the marks."""
+        pieces = re.split("|".join(marks), written)
+        if re.findall("|".join(marks), written) != list(marks):
+            raise ValueError("the chat template leaves out a turn of this conversation, or writes one twice.")
+        return pieces
+
+
+def _marks(count: int) -> list[str]:
+    """Stand for turns; of a private area of Unicode, which no text uses and no template strips."""
+    return [f"\ue123turn {place}\ue124" for place in range(count)]
+
+
+def _apart(text: str, learned: bool) -> list[Span]:
+    """Pictures in what a model says are not learned."""
+    pieces = [piece for piece in re.split(f"({IMAGE})", text) if piece]
+    return [Span(piece, learned and piece != IMAGE) for piece in pieces]
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Neighbours that are learned, or are not, as one: they are tokenised together."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and joined[-1].learned == span.learned:
+            joined[-1] = Span(joined[-1].text + span.text, span.learned)
+        elif span.text:
+            joined.append(span)
+    return joined
 
 
 def starts_with_bos(tokenizer: Any) -> bool:

@@ -1,21 +1,21 @@
 """Records in LLaVA's format: a JSON list, or JSON lines, of pictures and conversations."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mir_lightning.files import read_json, read_json_lines
 from mir_lightning.llava.data.prompts import IMAGE
 from mir_lightning.llava.data.source import IndexedSource, Sample
 from mir_lightning.probing.images import read_image
 
 
 class Record(NamedTuple):
-    """Paths of pictures, relative to an image folder, and turns, the human's first, with ``<image>`` in them."""
+    """Paths of pictures in an image folder, and turns, the human's first, with ``<image>`` in them."""
 
     images: tuple[str, ...]
     turns: tuple[str, ...]
+    place: str = ""
 
 
 class Records(IndexedSource):
@@ -40,8 +40,9 @@ class Records(IndexedSource):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        images, turns = self.records[index]
-        return Sample(tuple(read_image(image_path(self.image_folder, image)) for image in images), turns)
+        images, turns, place = self.records[index]
+        read = tuple(read_image(image_path(self.image_folder, image)) for image in images)
+        return Sample(read, turns, name=place)
 
     def lengths(self) -> list[int]:
         """Characters of each record: near enough to tokens to group by; text-only ones apart."""
@@ -58,22 +59,13 @@ def read_records(path: Path) -> list[Record]:
     """
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: LLaVA data is a .json or .jsonl file.")
-    text = path.read_text("utf-8-sig")
     if path.suffix == ".json":
-        records = _parse(text, str(path))
+        records = read_json(path)
         if not isinstance(records, list):
             raise ValueError(f"{path} must hold a list of records, it holds {type(records).__name__}.")
     else:
-        lines = enumerate(text.split("\n"), start=1)
-        records = [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+        records = [record for _, record in read_json_lines(path)]
     return [read_record(f"{path}, record {index}", raw) for index, raw in enumerate(records)]
-
-
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}.") from error
 
 
 def read_record(place: str, raw: Any) -> Record:
@@ -100,11 +92,20 @@ def read_record(place: str, raw: Any) -> Record:
     placeholders = sum(value.count(IMAGE) for value in values)
     if placeholders > len(images):
         raise fail(f"{placeholders} {IMAGE} placeholders for {len(images)} images.")
-    return Record(tuple(images), tuple(values))
+    return Record(tuple(images), tuple(values), place)
 
 
 def image_path(folder: Path, image: str) -> Path:
-    """Where an image of a record lies; a ``ValueError`` if that is outside ``folder``."""
-    if Path(image).is_absolute() or os.path.normpath(image).startswith(".."):
+    """Where an image of a record lies; a ``ValueError`` if that is outside ``folder``.
+
+    Links inside the folder are followed wherever they lead, but not out of it again by ``..``.
+    """
+    path = folder / image  # an absolute one stays as it is
+    inside = path.is_relative_to(folder)
+    if ".." in Path(image).parts:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    elif Path(image).is_absolute():
+        inside |= path.resolve().is_relative_to(folder.resolve())
+    if not inside:
         raise ValueError(f"image {image!r} lies outside the image folder {folder}.")
-    return folder / image
+    return path

@@ -116,7 +116,7 @@ class Shards(Source):
             images = tuple(read_image(BytesIO(picture), where) for _ in record.images)
         except UnreadableImageError as error:
             return Sample((), (), (str(error),))
-        return Sample(images, record.turns)
+        return Sample(images, record.turns, name=where)
 
     def stream(self, training: Any, collate: Collate, **options: Any) -> ShardsLoader:
         """LitData's loader."""

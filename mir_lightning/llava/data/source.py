@@ -19,6 +19,7 @@ class Sample:
     images: tuple[Image.Image, ...]  # RGB
     turns: tuple[str, ...]  # of a conversation, the human's first, with ``<image>`` where a picture stands
     unreadable: tuple[str, ...] = ()  # what had to be left out to get here, one line each
+    name: str = ""  # where it comes from, for errors
 
 
 Collate = Callable[[Sequence[Sample]], Any]

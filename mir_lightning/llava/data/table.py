@@ -4,7 +4,7 @@ from io import BytesIO
 from pathlib import Path
 
 from mir_lightning.llava.data.source import IndexedSource, Sample
-from mir_lightning.probing.images import read_image
+from mir_lightning.probing.images import UnreadableImageError, read_image
 
 
 class Table(IndexedSource):
@@ -32,6 +32,14 @@ class Table(IndexedSource):
         for column in (image_column, caption_column):
             if column not in table.column_names:
                 raise ValueError(f"dataset: {folder} has columns {', '.join(table.column_names)}, not {column!r}.")
+        texts = table.features[caption_column]
+        if getattr(texts, "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"dataset: {folder}: column {caption_column!r} holds {texts}, not one text a row.")
+        pictures = table.features[image_column]
+        if not isinstance(pictures, datasets.Image) and "bytes" not in getattr(pictures, "keys", tuple)():
+            raise ValueError(
+                f"dataset: {folder}: column {image_column!r} holds {pictures}, not one picture a row."
+            )
         self.folder = folder
         self.columns = (image_column, caption_column)
         self.table = table.cast_column(image_column, datasets.Image(decode=False))
@@ -40,7 +48,10 @@ class Table(IndexedSource):
         return len(self.table)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self.table[index]
+        row, name = self.table[index], f"{self.folder}, row {index}"
         stored, caption = (row[column] for column in self.columns)
+        for column, value in zip(self.columns, (stored, caption), strict=True):
+            if value is None:
+                raise UnreadableImageError(f"{name}: {column} is empty")
         source = BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"])
-        return Sample((read_image(source, name=f"{self.folder}, row {index}"),), ("", caption))
+        return Sample((read_image(source, name=name),), ("", caption), name=name)

@@ -204,8 +204,8 @@ def valid_rows(inputs: dict[str, Any], values: Tensor) -> list[list[int]]:
     ]
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids at the start are equal."""
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many ids, or characters, at the start are equal."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
