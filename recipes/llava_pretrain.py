@@ -83,12 +83,14 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer whose runs can be killed and started again."""
         callbacks = self._get(self.config_init, "trainer").callbacks or []
-        callbacks = [*callbacks, trainer.SeededBatches(), self.preemption]
+        callbacks = [*callbacks, trainer.SeededBatches(), trainer.Divergence(), self.preemption]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def before_fit(self) -> None:
         """Divide the global batch, say what is about to run, and find the checkpoint of an interrupted run."""
         self.datamodule.accumulate(self.trainer)
+        if self.trainer.is_global_zero:
+            trainer.remove_leftovers(self.trainer)
         rank_zero_info(console.start_table(self.trainer, self.datamodule.batch_size))
         options = self.config_init[self.subcommand]
         options.ckpt_path = options.ckpt_path or trainer.interrupted_run(self.trainer)
@@ -98,7 +100,7 @@ class RecipeCLI(LightningCLI):
         if self.preemption.stopped:
             return
         model = Path(self.trainer.default_root_dir) / "model"
-        export_trained(self.trainer, model)
+        export_trained(self.trainer, model, last=True)
         if self.trainer.is_global_zero:
             mark = trainer.finished_mark(self.trainer)
             mark.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """What is asked of a model in training, made of its data: a held-out probe, choices, captions, few-shot items."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def mir_probe(data: PretrainingData, folders: ProbeFolders) -> Probe:
         pairs = read_pairs(folders.images, folders.texts, data.probe_size)
         module: Any = data.trainer.lightning_module  # type: ignore[union-attr]
         return PairProbe(module.processor, module.vlm.config, pairs, data.batch_size)
-    held_out, collate, size = data.samples[1], data.collate, data.batch_size
+    held_out, size = data.samples[1], data.batch_size
+    collate = replace(data.collate, always_pictures=False)
     chunks = (range(start, min(start + size, len(held_out))) for start in range(0, len(held_out), size))
     batches = [collate([held_out[index] for index in chunk]) for chunk in chunks]
     for line in (line for batch in batches for line in batch.pop("unreadable")):

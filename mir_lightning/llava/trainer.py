@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.hardware import best_precision, warn_of_slow_bfloat16
@@ -45,14 +46,41 @@ class RecipeTrainer(Trainer):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint is written beside its place, then moved into it."""
+    """A checkpoint is written beside its place, then moved into it.
+
+    One that cannot be written, because the disk is full for one, is warned of, and the run goes on; what it was to
+    replace is kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._failed = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write and move."""
         place = Path(path)
         beside = place.with_name(f".{place.name}.part")
-        super().save_checkpoint(checkpoint, beside, storage_options)
-        beside.replace(place)
+        try:
+            super().save_checkpoint(checkpoint, beside, storage_options)
+            beside.replace(place)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            rank_zero_warn(f"{place} could not be written, training goes on: {error}")
+            self._failed = True
+        else:
+            self._failed = False
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Unless the one that was to take its place is not there."""
+        if not self._failed:
+            super().remove_checkpoint(path)
+
+
+def remove_leftovers(trainer: Trainer) -> None:
+    """Remove what a run that was killed while it wrote has left half written."""
+    for folder in (finished_mark(trainer).parent, Path(trainer.default_root_dir)):
+        for part in folder.glob(".*.part"):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
 def checkpoint_folder(root: str | Path | None) -> str:
@@ -84,10 +112,15 @@ def between_steps(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class BetweenSteps(ModelCheckpoint):
-    """Lightning's checkpoints, saved between optimizer steps only.
+    """Lightning's checkpoints, saved between optimizer steps only, and with all rows logged so far.
 
     After a resume Lightning would save in mid-accumulation where the step it began at is due.
     """
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Save if it is time."""
@@ -108,6 +141,31 @@ class SeededBatches(Callback):
         torch.manual_seed(seed)
         # Loggers count steps by this; Lightning loses one where the run was stopped at the end of an epoch.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+class DivergedError(RuntimeError):
+    """A run whose numbers are not finite any more, and will not be again."""
+
+
+class Divergence(Callback):
+    """Ends a run whose loss has not been finite for ``patience`` batches in a row; seen where rows are logged."""
+
+    def __init__(self, patience: int = 20) -> None:
+        self.patience = patience
+        self._bad = torch.zeros((), dtype=torch.long)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
+        """Count on the device, look where the Trainer logs."""
+        loss = outputs["loss"].detach()
+        self._bad = torch.where(loss.isfinite(), 0, self._bad.to(loss.device) + 1)
+        if (args[-1] + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        if trainer.strategy.reduce_boolean_decision(bool(self._bad >= self.patience), all=False):
+            raise DivergedError(
+                f"the run has diverged: by step {trainer.global_step} its loss has not been finite for "
+                f"{self.patience} batches or more. Start again from an earlier checkpoint, with a lower learning "
+                "rate, a longer warm-up or gradient clipping."
+            )
 
 
 class Preemption(Callback):
@@ -167,6 +225,8 @@ class Preemption(Callback):
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             self.stopped = trainer.should_stop = True
             place = finished_mark(trainer).with_name(f"{LAST}.ckpt")
+            for logger in trainer.loggers:
+                logger.save()
             trainer.save_checkpoint(place)
             for callback in probing_callbacks(trainer):
                 callback.at_end = False  # this is no end

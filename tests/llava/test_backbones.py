@@ -36,6 +36,7 @@ def parts(tmp_path_factory, tiny_processor):
         ("llama", LlamaForCausalLM(LlamaConfig(**text))),
         ("qwen", Qwen2ForCausalLM(Qwen2Config(**text, tie_word_embeddings=True))),
     ):
+        model.generation_config.eos_token_id = 7
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     both = {"vision_config": VISION, "text_config": {**_SMALL_TEXT, "vocab_size": 10}}
@@ -51,7 +52,8 @@ def parts(tmp_path_factory, tiny_processor):
 
 
 @pytest.mark.parametrize("llm", ["llama", "qwen"])
-@pytest.mark.parametrize(("vision", "select"), [("clip", "default"), ("siglip", "full"), ("dinov2", "default")])
+@pytest.mark.parametrize("select", ["default", "full"])
+@pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
 def test_an_llm_and_an_encoder_become_a_llava(parts, llm, vision, select):
     source = ModelSource(llm=str(parts / llm), vision=str(parts / vision), feature_select=select)
     processor = build_processor(source)
@@ -59,8 +61,10 @@ def test_an_llm_and_an_encoder_become_a_llava(parts, llm, vision, select):
     inputs = processor(
         images=[Image.new("RGB", (20, 30), "red")], text=["<image>hello there, friend"], return_tensors="pt"
     )
-    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
+    has_cls = vision != "siglip"
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16 + (has_cls and select == "full")
     language_model = (LlamaForCausalLM if llm == "llama" else Qwen2ForCausalLM).from_pretrained(parts / llm)
+    assert model.generation_config.eos_token_id == language_model.generation_config.eos_token_id == 7
     text = {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": torch.ones(1, 2, dtype=torch.long)}
     with torch.no_grad():
         assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]

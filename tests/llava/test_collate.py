@@ -252,8 +252,8 @@ def test_pictures_in_an_answer_are_not_learned(processor):
 
 def test_a_batch_of_text_gets_a_blank_picture_with_nothing_to_learn(processor):
     samples = [Sample((), ("Say.", "A kite.")), Sample((), ("Say.", "A field."))]
-    plain = ConversationCollator(processor, PlainPrompt())(samples)
-    batch = ConversationCollator(processor, PlainPrompt(), always_pictures=True)(samples)
+    plain = ConversationCollator(processor, PlainPrompt(), always_pictures=False)(samples)
+    batch = ConversationCollator(processor, PlainPrompt())(samples)
     assert "pixel_values" not in plain
     assert batch["pixel_values"].shape == (1, 3, 224, 224)
     assert (batch["labels"][2] == -100).all()

@@ -8,12 +8,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from peft import LoraConfig
 from torch.utils.data import DataLoader
 
 from mir_lightning.llava.console import stage_table
 from mir_lightning.llava.model.module import LlavaPretraining, LoraOptions
 from mir_lightning.llava.model.saving import export, load_vlm
-from mir_lightning.llava.model.stages import Part, Stage, optimizer_groups
+from mir_lightning.llava.model.stages import Part, Stage, checkpoint_layers, freeze_all_but, optimizer_groups
 from mir_lightning.vlm import parameters_of
 from tests.models import tiny_batch, tiny_llava
 
@@ -276,3 +277,53 @@ def test_bad_schedules(folder):
         _module(folder, Stage([Part("llm", 1e-3, ":9")]))
     with pytest.raises(ValueError, match=r"warmup_ratio must lie in \[0, 1\), got 1"):
         LlavaPretraining(vlm=folder, warmup_ratio=1.0)
+
+
+def _saved_bytes(model, batch):
+    """Of the activations that a forward keeps for its backward pass, by whether they are of the encoder."""
+    kept, inside = {True: 0, False: 0}, [False]
+    tower = model.model.vision_tower
+    handles = [
+        tower.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)),
+        tower.register_forward_hook(lambda *_: inside.__setitem__(0, False)),
+    ]
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[inside[0]] += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch, use_cache=False).loss
+    for handle in handles:
+        handle.remove()
+    loss.backward()
+    return kept[False], kept[True], loss.item()
+
+
+@pytest.mark.parametrize("parts", [("projector",), ("projector", "lora"), ("projector", "llm")])
+def test_checkpointed_layers_keep_little_and_frozen_ones_stay_as_they_are(parts):
+    stage, found = Stage(tuple(Part(part, 1e-3) for part in parts)), {}
+    for checkpointed in (False, True):
+        model = tiny_llava(layers=6, dropout=0.5)
+        if "lora" in parts:
+            model.add_adapter(LoraConfig(target_modules=r".*language_model.*q_proj", r=2))
+        if checkpointed:
+            checkpoint_layers(model)
+        freeze_all_but(model, stage)
+        ran: list[int] = []
+        norm = model.model.language_model.layers[3].input_layernorm
+        norm.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        torch.manual_seed(0)
+        language, encoder, loss = _saved_bytes(model, tiny_batch())
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[checkpointed] = language, encoder, loss, gradients
+        assert len(ran) == 1 + checkpointed
+    (whole, encoder, loss, gradients), (less, same, again, others) = found[False], found[True]
+    assert less < 0.5 * whole
+    assert encoder == same == 0, "a frozen encoder keeps nothing"
+    assert loss == again
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient)

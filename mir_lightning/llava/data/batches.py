@@ -72,7 +72,7 @@ class ConversationCollator:
     processor: Any  # tokenizer and image processor of the model, with an ``image_token``
     prompt: PlainPrompt  # how a conversation is written
     max_length: int = 2048  # tokens that a sample is cut to
-    always_pictures: bool = False  # add a blank one, with nothing to learn, to a batch that has none
+    always_pictures: bool = True  # add a blank one, with nothing to learn, to a batch that has none
 
     def __post_init__(self) -> None:
         self.picture = picture_text(self.processor)

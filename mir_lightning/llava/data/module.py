@@ -1,6 +1,6 @@
 """The recipe's data: batches that resume anywhere, and samples held out of them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -114,12 +114,8 @@ class PretrainingData(pl.LightningDataModule):
             raise ValueError(f"global_batch_size={wanted} is no multiple of {taken}: {remedy}.")
 
     def train_dataloader(self) -> Any:
-        """Batches of the training samples, from where an interrupted epoch stopped.
-
-        Each of them shows a picture, so that all that learns is in every step, on every rank.
-        """
-        training, trainer = self.samples[0], self.trainer
-        collate = replace(self.collate, always_pictures=True)
+        """Batches of the training samples, from where an interrupted epoch stopped."""
+        training, collate, trainer = self.samples[0], self.collate, self.trainer
         size, workers = self.batch_size, self.num_workers
         self._stream = self._source.stream(training, collate, batch_size=size, num_workers=workers)
         if self._stream is not None:

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
 
 from mir_lightning.llava.demo.weights import build_packaged_llava, build_packaged_processor
-from mir_lightning.llava.model.connector import FeatureSelect, connect
+from mir_lightning.llava.model.connector import FeatureSelect, connect, extra_features
 from mir_lightning.llava.model.saving import load_vlm, load_whole, processor_place
 
 
@@ -23,7 +23,7 @@ class ModelSource:
         vlm: folder or hub id of a whole vision-language model to go on with, or a ``.ckpt`` of an earlier run,
             instead of the two.
         feature_layer: layer of the encoder whose features the projector gets; -2 is LLaVA-1.5's.
-        feature_select: ``"default"`` drops the first feature (CLS), ``"full"`` keeps all.
+        feature_select: ``"default"`` drops the first feature (CLS), if the encoder has one; ``"full"`` keeps all.
         attention: implementation, ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``.
     """
 
@@ -69,12 +69,14 @@ def build_processor(source: ModelSource) -> LlavaProcessor:
         tokenizer.add_tokens(["<image>"], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    config = _vision_config(source.vision)
+    extra = extra_features(config)
     return LlavaProcessor(
         image_processor=transformers.AutoImageProcessor.from_pretrained(source.vision),
         tokenizer=tokenizer,
-        patch_size=_vision_config(source.vision).patch_size,
-        vision_feature_select_strategy=source.feature_select,
-        num_additional_image_tokens=int(source.feature_select == "default"),
+        patch_size=config.patch_size,
+        vision_feature_select_strategy=source.feature_select if extra else "full",
+        num_additional_image_tokens=extra,
         image_token="<image>",
     )
 

@@ -22,7 +22,14 @@ from mir_lightning.llava.costs import training_flops, training_memory
 from mir_lightning.llava.model.backbones import ModelSource, build_model, build_processor
 from mir_lightning.llava.model.saving import load_part
 from mir_lightning.llava.model.sharding import shard
-from mir_lightning.llava.model.stages import Group, Part, Stage, freeze_all_but, optimizer_groups
+from mir_lightning.llava.model.stages import (
+    Group,
+    Part,
+    Stage,
+    checkpoint_layers,
+    freeze_all_but,
+    optimizer_groups,
+)
 from mir_lightning.moca import inject_moca, moca_statistics
 from mir_lightning.moca.inject import CONFIG_FLAG as MOCA_FLAG
 from mir_lightning.vlm import token_masks
@@ -127,7 +134,7 @@ class LlavaPretraining(pl.LightningModule):
         for file in self.parts:
             load_part(self.vlm, file)
         if self.gradient_checkpointing:
-            self.vlm.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.vlm)
         if self.compiles:
             self.vlm.compile()
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]

@@ -1,24 +1,27 @@
 """Models in files: whole ones in Hugging Face format, the recipe's Lightning checkpoints, small parts alone."""
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from mir_lightning import moca
+from mir_lightning.files import save_tensors
 from mir_lightning.functional.checks import check_loaded
-from mir_lightning.llava.trainer import BetweenSteps
+from mir_lightning.llava.trainer import BetweenSteps, DivergedError
 from mir_lightning.moca.inject import CONFIG_FLAG
 from mir_lightning.vlm import parameters_of
 
@@ -147,7 +150,7 @@ def export(vlm: PreTrainedModel, processor: Any, folder: Path) -> None:
     ``projector.safetensors``, under the names it has in the model, MoCa in ``moca.safetensors``; a whole model
     with MoCa is loaded by :func:`mir_lightning.moca.from_pretrained`.
     """
-    beside = folder.with_name(f".{folder.name}.part")
+    beside = _beside(folder)
     shutil.rmtree(beside, ignore_errors=True)
     whole = vlm
     if parameters_of(vlm, "lora", required=False):
@@ -162,23 +165,57 @@ def export(vlm: PreTrainedModel, processor: Any, folder: Path) -> None:
     whole.save_pretrained(beside)
     processor.save_pretrained(beside)
     projector = {name: p.detach().cpu() for name, p in parameters_of(vlm, "projector").items()}
-    save_file(projector, beside / "projector.safetensors")
+    save_tensors(projector, beside / "projector.safetensors")
     if getattr(vlm.config, CONFIG_FLAG, False):
         moca.save_moca(vlm, beside / "moca.safetensors")
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
 
-def export_trained(trainer: pl.Trainer, folder: Path) -> None:
-    """Export the model in training; every rank has to call it, the first one writes."""
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.part")
+
+
+def export_trained(trainer: pl.Trainer, folder: Path, last: bool = False) -> None:
+    """Export the model in training; every rank has to call it, the first one writes.
+
+    What cannot be written is warned of, and the folder stays as it was; but the ``last`` export raises, also where
+    the model has diverged.
+    """
     module: Any = trainer.lightning_module
     vlm = gathered(module.vlm)
-    if vlm is not None and trainer.is_global_zero:
+    if vlm is None or not trainer.is_global_zero:
+        return
+    if last and (bad := [name for name, p in vlm.named_parameters() if not p.isfinite().all()]):
+        raise DivergedError(f"the model has diverged and is not exported: its weight {bad[0]} is not finite.")
+    try:
         export(vlm, module.processor, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(_beside(folder), ignore_errors=True)
+        if last:
+            raise
+        rank_zero_warn(f"{folder} could not be written, training goes on: {error}")
 
 
 class ExportingCheckpoint(BetweenSteps):
-    """Lightning's checkpoints; each kept one has a folder in Hugging Face format beside it, of the same name."""
+    """Lightning's checkpoints; each kept one has a folder in Hugging Face format beside it, of the same name.
+
+    After a resume, those that the interrupted run saved beyond what it goes on from are removed.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove what no checkpoint of this run knows of."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.ckpt_path is None or not trainer.is_global_zero or self.dirpath is None:
+            return
+        known = {Path(path).with_suffix("") for path in self.best_k_models}
+        mine = re.sub(r"\{(\w+)[^}]*\}", r"\1=*", self.filename or "")
+        for path in Path(self.dirpath).glob(f"{mine}.ckpt"):
+            if path.with_suffix("") not in known:
+                path.unlink()
+        for path in Path(self.dirpath).glob(mine):
+            if path.is_dir() and path not in known:
+                shutil.rmtree(path)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -186,5 +223,5 @@ class ExportingCheckpoint(BetweenSteps):
 
     def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not Path(filepath).exists():
             shutil.rmtree(Path(filepath).with_suffix(""), ignore_errors=True)

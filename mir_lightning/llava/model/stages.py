@@ -5,12 +5,14 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mir_lightning.functional.checks import check_at_least_one, check_choice
-from mir_lightning.vlm import PartName, parameters_of
+from mir_lightning.vlm import PartName, find_decoder, parameters_of
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,35 @@ def freeze_all_but(vlm: PreTrainedModel, stage: Stage) -> None:
         for parameter in parameters_of(vlm, part.module, part.layers).values():
             parameter.requires_grad_(True)
     _set_modes(vlm, training=False)
+    for layer in find_decoder(vlm).layers:
+        if getattr(layer, "gradient_checkpointing", False):
+            _recompute(layer, frozen=not layer.training)
+
+
+def checkpoint_layers(vlm: PreTrainedModel) -> None:
+    """Recompute the LLM's layers in the backward pass, from the next :func:`freeze_all_but` on.
+
+    Of the LLM alone: transformers lets gradients into a frozen encoder too, which then keeps its activations.
+    """
+    decoder: Any = vlm.get_decoder()
+    getattr(decoder, "activation_checkpointing_enable", decoder.gradient_checkpointing_enable)()
+
+
+def _recompute(layer: nn.Module, frozen: bool) -> None:
+    """Transformers recomputes layers in training mode only: a frozen one is in it, but for its own forward."""
+
+    def run(forward: Any, *args: Any) -> Any:
+        def evaluated(*given: Any) -> Any:
+            layer.training = not frozen
+            try:
+                return forward(*given)
+            finally:
+                layer.training = True
+
+        return checkpoint(evaluated, *args, use_reentrant=False)
+
+    layer.training = True
+    layer._gradient_checkpointing_func = run  # type: ignore[assignment]
 
 
 def _set_modes(module: nn.Module, training: bool) -> None:
