@@ -144,11 +144,11 @@ def test_a_full_disk_ends_no_run_and_takes_no_good_checkpoint(tmp_path):
     keep = BetweenSteps(tmp_path, "{step}", every_n_train_steps=1, save_top_k=1)
     full = NoMoreRoom(3)
     trainer = _recipe_trainer(tmp_path, full, keep)
-    with pytest.warns(UserWarning, match=r"step=4\.ckpt could not be written, training goes on"):
-        try:
+    try:
+        with pytest.warns(UserWarning, match=r"step=4\.ckpt could not be written, training goes on"):
             trainer.fit(Pretraining())
-        finally:
-            full.teardown()
+    finally:
+        full.teardown()
     assert trainer.global_step == 6
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
     assert torch.load(tmp_path / "step=3.ckpt", weights_only=True)["global_step"] == 3

@@ -138,7 +138,7 @@ def test_unreadable_pictures_are_named_replaced_and_at_last_too_many(recipe, tmp
     for where in ("left out: ", "replaced in the probe: "):
         assert any(line.startswith(f"{where}{tmp_path / 'images'}") and "cannot identify" in line for line in said)
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": {**data, "max_unreadable": 0.01}}))
-    with pytest.raises(UnreadableImageError, match=r"pictures cannot be read: more than max_unreadable=0\.01"):
+    with pytest.raises(UnreadableImageError, match=r"samples cannot be used: more than max_unreadable=0\.01"):
         _two_steps(recipe, tmp_path / "again", weights, config, after=[tmp_path / "data.yaml"])
 
 

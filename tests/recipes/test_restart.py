@@ -63,3 +63,12 @@ def _check_what_is_left(folder, vlm):
         float(v) for (name, step), values in curves_of(folder).items() if name == "mir" and step for v in values
     ]
     assert float(best.stem.rsplit("=", 1)[1]) == pytest.approx(min(mirs), abs=1e-3)
+
+
+def test_a_diverged_model_is_not_exported_and_the_status_says_so(vlm, tmp_path):
+    config = small_config(vlm, tmp_path / "run")
+    config["model"]["stages"] = [{"train": [{"module": "projector", "lr": 1e25}]}]
+    ended = start(tmp_path, config)
+    assert ended.returncode == 1
+    assert "the model has diverged and is not exported: its weight" in ended.stderr
+    assert not (tmp_path / "run" / "model").exists()
