@@ -25,6 +25,7 @@ class ModelSource:
         feature_layer: layer of the encoder whose features the projector gets; -2 is LLaVA-1.5's.
         feature_select: ``"default"`` drops the first feature (CLS), if the encoder has one; ``"full"`` keeps all.
         attention: implementation, ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``.
+        connector: between the two; LLaVA's ``"mlp"``, or one of your own.
     """
 
     llm: str | None = None
@@ -33,6 +34,7 @@ class ModelSource:
     feature_layer: int = -2
     feature_select: FeatureSelect = "default"
     attention: str = "sdpa"
+    connector: str = "mlp"
 
     def __post_init__(self) -> None:
         if self.vlm is not None and (self.llm or self.vision):
@@ -55,7 +57,7 @@ def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedMod
     encoder: Any = transformers.MODEL_MAPPING[type(config)]
     vision = load_whole(encoder, source.vision, parts=True, config=config, **options)
     image_token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    return connect(llm, vision, image_token, source.feature_layer, source.feature_select)
+    return connect(llm, vision, image_token, source.feature_layer, source.feature_select, source.connector)
 
 
 def build_processor(source: ModelSource) -> LlavaProcessor:
