@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from mir_lightning.callbacks.loops import LightningLoop, Loop, Table
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 OnError = Literal["warn", "raise"]
 
 _STATE_VERSION = 4
+_NO_POINT: dict[str, Any] = {
+    **{"history": [], "monitored": {}, "last_step": None},
+    **{"tokens": 0, "train_seconds": 0.0, "probe_seconds": 0.0},
+}
 
 
 class ProbingCallback(pl.Callback, ABC):
@@ -61,7 +66,7 @@ class ProbingCallback(pl.Callback, ABC):
         engine: options of the evaluator.
         network: what is evaluated, once the fit has started.
         history: one row a point: ``step``, and everything that was logged, under the names it was logged under.
-        fingerprint: of what is evaluated, once training has begun.
+        settings: what points are comparable by, once training has begun: of the probe, its fingerprint.
         last_monitored: the last values that checkpoints and early stopping saw.
         evaluating_since: when the evaluation under way began, on the monotonic clock; ``None`` between them.
 
@@ -108,8 +113,8 @@ class ProbingCallback(pl.Callback, ABC):
         self.strict_probe = strict_probe
         self.history: list[dict[str, Any]] = []
         self.evaluating_since: float | None = None
-        self.fingerprint: str | None = None
-        self._restored_fingerprint: str | None = None
+        self.settings: dict[str, Any] = {}
+        self._restored: dict[str, Any] | None = None
         self._last_step: int | None = None
         self._stepped = 0
         self._tokens = 0
@@ -130,7 +135,7 @@ class ProbingCallback(pl.Callback, ABC):
         """Find the model in ``module`` and make the probe; settings to describe the run with."""
         self.network = find_entrance(module, self.model)
         self.probe = self.make_probe(self.probe)
-        return dict(self.engine)
+        return {key: value for key, value in self.engine.items() if key != "batch_size"}
 
     def measure(self, loop: Loop) -> Any:
         """Evaluate as the loop trains."""
@@ -171,20 +176,25 @@ class ProbingCallback(pl.Callback, ABC):
         Raises:
             ValueError: as the class says.
         """
-        settings = self.prepare(loop.module)
-        self.fingerprint = fingerprint = str(self.probe.fingerprint)
-        if not loop.all_agree(loop.from_first(fingerprint) == fingerprint):
+        with isolate_rng():  # a DataLoader draws when it is read
+            settings = self.prepare(loop.module)
+        self.settings = {"fingerprint": str(self.probe.fingerprint), **settings}
+        if not loop.all_agree(loop.from_first(self.settings) == self.settings):
             raise ValueError("probe: the ranks hold probes of different contents; give every rank the same one.")
-        restored = self._restored_fingerprint
-        if restored is not None and restored != fingerprint:
-            message = (
-                f"probe: its fingerprint {fingerprint[:12]} is not that of the checkpoint, {restored[:12]}: the "
-                f"points of the {self.name} curve before and after it are not comparable."
-            )
-            if self.strict_probe:
-                raise ValueError(message)
-            rank_zero_warn(message)
-        loop.describe(self.name, {**settings, "fingerprint": fingerprint}, self.best)
+        restored, self._restored = self._restored, None
+        if restored is None and loop.step == 0:  # another run, of a callback that was in one before
+            self.load_state_dict({**self.state_dict(), **_NO_POINT})
+            self._restored = None
+        for key, before in (restored or {}).items():
+            if (now := self.settings.get(key)) != before:
+                message = (
+                    f"probe: its {key} {str(now)[:12]} is not that of the checkpoint, {str(before)[:12]}: the "
+                    f"points of the {self.name} curve before and after it are not comparable."
+                )
+                if self.strict_probe:
+                    raise ValueError(message)
+                rank_zero_warn(message)
+        loop.describe(self.name, self.settings, self.best)
 
     def start(self, loop: Loop) -> None:
         """Step 0; on resume, the last point, and one that the interrupted run was due but did not reach."""
@@ -321,7 +331,7 @@ class ProbingCallback(pl.Callback, ABC):
         """The curve so far; plain numbers, loadable with ``weights_only``."""
         return {
             "version": _STATE_VERSION,
-            "fingerprint": self.fingerprint,
+            "settings": self.settings,
             "last_step": self._last_step,
             "history": self.history,
             "monitored": self.last_monitored,
@@ -346,4 +356,4 @@ class ProbingCallback(pl.Callback, ABC):
         self.last_monitored = dict(state_dict["monitored"])
         self._tokens = state_dict["tokens"]
         self.budget.restore(state_dict["train_seconds"], state_dict["probe_seconds"])
-        self._restored_fingerprint = state_dict["fingerprint"]
+        self._restored = dict(state_dict["settings"])

@@ -69,7 +69,7 @@ class CaptionCallback(FewShotCallback):
         )
         rows = [
             [point["step"], item.id, caption, item.answer]
-            for point in self.history
-            for item, caption in zip(items, point["captions"], strict=True)
+            for point in self.history  # those of a Hugging Face Trainer's log have no captions
+            for item, caption in zip(items, point.get("captions", ()), strict=False)
         ]
         return {"captions": figure}, (["step", "picture", "caption", "reference"], rows)

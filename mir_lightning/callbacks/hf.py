@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +20,7 @@ from mir_lightning.callbacks import loggers
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.loops import Loop, Table
 from mir_lightning.callbacks.mir import MIRCallback
+from mir_lightning.files import read_json
 from mir_lightning.probing.network import Forward
 from mir_lightning.probing.probe import ProbeLike
 
@@ -109,13 +112,14 @@ class ProbingTrainerCallback(TrainerCallback):
         self.probing = probing
         self.trainer = trainer
         self._epochs = 0
-        self._selects = False
+        self._training = False
+        self._selects: str | None = None
 
-    def _loop(self) -> TrainerLoop:
-        if self.trainer is None:
+    def _loop(self, state: TrainerState) -> TrainerLoop:
+        if self.trainer is None or self.trainer.state is not state:
             # transformers tells its callbacks everything but whose they are.
             trainers = (found for found in gc.get_objects() if issubclass(type(found), Trainer))
-            self.trainer = next(t for t in trainers if self in t.callback_handler.callbacks)
+            self.trainer = next(trainer for trainer in trainers if vars(trainer).get("state") is state)
         return TrainerLoop(self.trainer)
 
     def on_train_begin(
@@ -124,32 +128,34 @@ class ProbingTrainerCallback(TrainerCallback):
         counts = self.probing.schedule.every_n_tokens is not None
         if counts and args.include_num_input_tokens_seen in (False, "no"):
             raise ValueError("every_n_tokens needs include_num_input_tokens_seen=True in the TrainingArguments.")
-        loop, probing, name = self._loop(), self.probing, self.probing.name
+        loop, probing, name = self._loop(state), self.probing, self.probing.name
         wanted = (args.metric_for_best_model or "").removeprefix("eval_")
-        self._selects = wanted == name or wanted.startswith(f"{name}_")
+        self._selects = wanted if wanted == name or wanted.startswith(f"{name}_") else None
         if self._selects and args.greater_is_better != (probing.best == "max"):
             raise ValueError(
                 f"metric_for_best_model={wanted!r} is best at its {probing.best}imum: give the TrainingArguments "
                 f"greater_is_better={probing.best == 'max'}."
             )
         self._come_first(loop.trainer)
+        self._training = True
         self._epochs = int((state.epoch or 0.0) + 1e-6) if state.global_step else 0
         history = [row for row in state.log_history if f"{name}_probe/seconds" in row]
-        file = Path(args.output_dir or ".") / f"{name}_probe.txt"
-        resumed = state.global_step and file.is_file()
+        file = Path(args.output_dir or ".") / f"{name}_probe.json"
+        resumed = bool(state.global_step) and file.is_file()
         probing.load_state_dict(
             {
                 **probing.state_dict(),
                 "history": history,
+                "monitored": {},
                 "last_step": history[-1]["step"] if history else None,
                 "tokens": int(state.num_input_tokens_seen),
-                "fingerprint": file.read_text().strip() if resumed else None,
+                "settings": read_json(file) if resumed else {},
             }
         )
         probing.begin(loop)
         if loop.first:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(f"{probing.fingerprint}\n")
+            file.write_text(json.dumps(probing.settings))
         probing.start(loop)
 
     def _come_first(self, trainer: Trainer) -> None:
@@ -161,7 +167,7 @@ class ProbingTrainerCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        loop = self._loop()
+        loop = self._loop(state)
         counts = self.probing.schedule.every_n_tokens is not None
         self.probing.after_step(loop, int(state.num_input_tokens_seen) if counts else None)
         if state.global_step >= state.max_steps:
@@ -171,25 +177,29 @@ class ProbingTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._epochs += 1
-        self.probing.after_epoch(self._loop(), self._epochs)
+        self.probing.after_epoch(self._loop(state), self._epochs)
         if control.should_training_stop:
-            self.probing.end(self._loop())
+            self.probing.end(self._loop(state))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the monitored values among the trainer's own, where it looks for the best."""
+        if not self._training:
+            return  # the weights may be others by now
         if self._selects:
-            self.probing.evaluate(self._loop())
-        values = self.probing.last_monitored
+            self.probing.evaluate(self._loop(state))
+        worst = {self._selects: math.inf if self.probing.best == "min" else -math.inf} if self._selects else {}
+        values = {**worst, **self.probing.last_monitored}
         kwargs.get("metrics", {}).update({f"eval_{name}": value for name, value in values.items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._training = False
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             return  # the weights are those of an earlier step by now
-        self.probing.end(self._loop())
+        self.probing.end(self._loop(state))
 
 
 class MIRTrainerCallback(ProbingTrainerCallback):

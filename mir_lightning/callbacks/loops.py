@@ -115,6 +115,8 @@ class LightningLoop(Loop):
         loggers.for_each(self.trainer.loggers, log_and_save)
 
     def log_media(self, name: str, figures: Mapping[str, Figure], table: Table) -> None:
+        if getattr(self.trainer, "fast_dev_run", False) or self.trainer.barebones:
+            return
         loggers.save_figures(loggers.picture_folder(self.trainer, name), figures)
         loggers.for_each(
             self.trainer.loggers,

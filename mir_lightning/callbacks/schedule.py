@@ -108,7 +108,7 @@ class Budget:
 
     def restore(self, trained: float, evaluating: float) -> None:
         """Continue the account of an interrupted run."""
-        self._trained_before, self.evaluating = trained, evaluating
+        self._trained_before, self.evaluating, self._started = trained, evaluating, None
 
     def share(self, under_way: float, coming: float = 0.0) -> float:
         """Share of the time, with seconds of an evaluation that is under way, or of one that would come on top."""

@@ -10,6 +10,7 @@ from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.loops import Table
 from mir_lightning.functional.checks import check_at_least_one, check_choice
+from mir_lightning.metrics.sds import SoftDiscriminationScore
 from mir_lightning.probing.choices.evaluate import ChoiceResult, evaluate_choices
 from mir_lightning.probing.choices.probe import ChoiceProbe, made_of
 from mir_lightning.probing.choices.scores import Score
@@ -61,8 +62,15 @@ class SDSCallback(ProbingCallback):
         self.engine = {"score": score, "batch_size": batch_size}
 
     def make_probe(self, source: ChoiceProbe | Callable[[], ChoiceProbe]) -> ChoiceProbe:
-        """The items."""
-        return made_of(ChoiceProbe, source)
+        """The items; a ``ValueError`` for tasks and abilities whose names would be each other's folders."""
+        probe = made_of(ChoiceProbe, source)
+        for task, ability in probe.tasks.items():
+            if "/" in ability or task.count("/") > 1:
+                raise ValueError(
+                    f'items: ability {ability!r} must hold no "/", and task {task!r} one at most (task/part).'
+                )
+        SoftDiscriminationScore(probe.tasks)
+        return probe
 
     def values(self, result: ChoiceResult) -> dict[str, float]:
         """Scores, accuracies and chance levels of all items, each ability, task and part."""

@@ -1,6 +1,7 @@
 """What is asked of a model in training, made of its data: a held-out probe, choices, captions, few-shot items."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class RecipeMIR(MIRCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the probe."""
         data: PretrainingData = trainer.datamodule  # type: ignore[attr-defined]
-        self.probe = mir_probe(data, self.folders)
+        self.probe = partial(mir_probe, data, self.folders)
         super().on_fit_start(trainer, pl_module)
 
 

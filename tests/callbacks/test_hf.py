@@ -8,9 +8,10 @@ from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mir_lightning import MIRCallback, Probe, SDSCallback, evaluate_mir
+from mir_lightning.callbacks import CaptionCallback
 from mir_lightning.callbacks.hf import MIRTrainerCallback, ProbingTrainerCallback
-from mir_lightning.probing import ChoiceProbe
-from tests.items import hard_items
+from mir_lightning.probing import ChoiceProbe, FewShotProbe
+from tests.items import hard_items, open_items
 from tests.models import tiny_batch, tiny_llava
 from tests.processors import build
 from tests.training import caption_batches, fit
@@ -251,3 +252,46 @@ def test_any_probing_callback_has_the_door(tmp_path):
     rows = [row for row in trainer.state.log_history if "sds_abilities/perception" in row]
     assert [row["step"] for row in rows] == [point["step"] for point in sds.history] == [0, 2, 4]
     assert (tmp_path / "sds_media" / "abilities.png").is_file()
+
+
+def test_what_the_trainer_evaluates_afterwards_is_not_told_an_earlier_mir(tmp_path, probe):
+    trainer = _train(tmp_path, probe)
+    assert "eval_mir" not in trainer.evaluate()
+
+
+def test_one_callback_in_two_trainers(tmp_path, probe):
+    callback = MIRTrainerCallback(probe, every_n_steps=2)
+    for name in ("first", "second"):
+        trainer = _train(tmp_path / name, callbacks=[callback])
+        assert list(_points(trainer)) == [0, 2, 4, 6]
+        assert (tmp_path / name / "mir_media" / "layers.png").is_file()
+
+
+def test_a_trainer_that_was_never_made_is_in_nobodys_way(tmp_path, probe):
+    half = Trainer.__new__(Trainer)
+    assert list(_points(_train(tmp_path, callbacks=[MIRTrainerCallback(probe, every_n_steps=3)]))) == [0, 3, 6]
+    del half
+
+
+def test_a_failed_evaluation_is_no_best_one(tmp_path, probe):
+    model = tiny_llava()
+    model.model.language_model.layers[1].register_forward_hook(
+        lambda module, inputs, output: output * torch.nan if not torch.is_grad_enabled() else output
+    )
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "mir", "greater_is_better": False}
+    with pytest.warns(UserWarning, match="failed, training goes on"):
+        trainer = _train(tmp_path, probe, model=model, steps=4, arguments={**EVALUATING, **best})
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_model_checkpoint is None
+
+
+def test_captions_go_on_after_a_resume(tmp_path):
+    model, processor = build("llava")
+    samples = [{key: value[0] for key, value in batch.items()} for batch in caption_batches(processor)]
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    for resume in (None, tmp_path / "checkpoint-2"):
+        probe = FewShotProbe(open_items(2), (), processor, (0,))
+        captions = CaptionCallback(probe, max_new_tokens=2, every_n_steps=2, on_error="raise")
+        callbacks = [ProbingTrainerCallback(captions)]
+        _train(tmp_path, resume=resume, model=model, steps=4, data=samples, callbacks=callbacks, arguments=saving)
+    assert captions.history[-1]["step"] == 4

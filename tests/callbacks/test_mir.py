@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from mir_lightning import MIRCallback, Probe, evaluate_mir
 from mir_lightning.functional import modality_integration_rate
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
-from tests.training import Pretraining, fit, logged_rows
+from tests.training import Pretraining, assert_same_run, fit, logged_rows
 from tests.wandb_offline import read_offline_run
 
 
@@ -432,3 +432,41 @@ def test_a_probe_without_vision_tokens_is_refused_before_the_first_step(tmp_path
 def test_bad_options(probe, options, message):
     with pytest.raises(ValueError, match=message):
         MIRCallback(probe, **options)
+
+
+def test_a_data_loader_as_probe_leaves_the_run_as_it_is(tmp_path):
+    batches = [tiny_batch(seed=100), tiny_batch(seed=101)]
+    plain = fit(tmp_path / "plain", [])
+    seen = fit(tmp_path / "seen", [MIRCallback(DataLoader(batches, batch_size=None, shuffle=True), 2)])
+    assert_same_run(plain, seen)
+
+
+def test_a_callback_of_one_run_begins_anew_in_the_next(tmp_path, probe):
+    callback = MIRCallback(probe, every_n_steps=None, at_start=False)
+    fit(tmp_path / "first", [callback], max_steps=4)
+    trainer, second = fit(tmp_path / "second", [callback], max_steps=4, module=Pretraining(seed=1))
+    assert [point["step"] for point in callback.history] == [4]
+    assert callback.history[0]["mir"] == pytest.approx(evaluate_mir(second.vlm, probe).mir)
+    assert trainer.callback_metrics["mir"].item() == pytest.approx(callback.history[0]["mir"], rel=1e-6)
+
+
+@pytest.mark.parametrize("changed", [{"variant": "robust"}, {"text": "all"}])
+def test_a_resumed_curve_of_another_reading_is_no_curve(tmp_path, probe, changed):
+    trainer, _ = fit(tmp_path, [MIRCallback(probe, 2)], max_steps=2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    (key, value), *_ = changed.items()
+    with pytest.raises(ValueError, match=f"probe: its {key} {value} is not that of the checkpoint"):
+        fit(tmp_path, [MIRCallback(probe, 2, strict_probe=True, **changed)], ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("quick", ["fast_dev_run", "barebones"])
+def test_quick_looks_leave_no_pictures(tmp_path, probe, quick):
+    options = {"fast_dev_run": {"fast_dev_run": 2}, "barebones": {"barebones": True}}[quick]
+    settings = {"accelerator": "cpu", "default_root_dir": tmp_path, **options}
+    if quick == "barebones":
+        settings["max_steps"] = 2
+    callback = MIRCallback(probe, 1)
+    trainer = pl.Trainer(**settings, callbacks=[callback])
+    trainer.fit(Pretraining())
+    assert len(callback.history) >= 2
+    assert not list(tmp_path.rglob("*.png"))

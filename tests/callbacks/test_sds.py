@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -63,7 +64,7 @@ def test_every_logger_gets_what_it_can_show(tmp_path, items):
     assert len(events.Images("sds_media/abilities")) == 3
 
     history, media, config = read_offline_run(loggers[2])
-    assert config["sds"] == {"score": "logit", "fingerprint": items.fingerprint, "batch_size": 32}
+    assert config["sds"] == {"score": "logit", "fingerprint": items.fingerprint}
     rows = [row for row in history if "sds" in row]
     assert [row["trainer/global_step"] for row in rows] == [0, 3, 6]
     assert all("sds_acc_tasks/reasoning/relation" in row for row in rows)
@@ -191,3 +192,29 @@ def test_ranks_see_the_numbers_of_all_items(tmp_path):
         assert mine[2] == others[2]
         assert [step for step, _, _ in mine[0]] == [0, 2, 4]
         assert mine[0][0][1] == pytest.approx(start, abs=1e-5)
+
+
+def test_names_that_would_be_each_others_folders_are_refused_at_the_start(tmp_path):
+    _, processor = build("llava")
+    for task, ability, message in (
+        ("a/b/c", "perception", "task 'a/b/c' one at most"),
+        ("a", "per/ception", "ability 'per/ception' must hold no"),
+    ):
+        items = ChoiceProbe([replace(hard_items()[0], task=task, ability=ability)], processor)
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path, [SDSCallback(items)], Captioning())
+    both = [replace(hard_items()[0], task="a"), replace(hard_items()[1], task="a/b")]
+    with pytest.raises(ValueError, match="'a' has parts"):
+        fit(tmp_path, [SDSCallback(ChoiceProbe(both, processor))], Captioning())
+
+
+def test_a_users_own_accuracy_is_left_alone(tmp_path, items):
+    class Own(Captioning):
+        def training_step(self, batch, batch_idx):
+            self.log("acc", 0.9)
+            return super().training_step(batch, batch_idx)
+
+    trainer, _ = fit(tmp_path, [SDSCallback(items, every_n_steps=3)], Own())
+    assert trainer.callback_metrics["acc"].item() == pytest.approx(0.9)
+    names = [name for name in logged_rows(trainer)[0] if name.startswith("sds")]
+    assert not [a for a in names for b in names if b.startswith(f"{a}/")], "no name is the folder of another"
