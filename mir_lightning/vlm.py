@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -79,16 +79,26 @@ def find_vlm(module: nn.Module, path: str | None = None) -> PreTrainedModel:
 
 def is_foreign(module: nn.Module, layers: str | None) -> bool:
     """Whether ``layers`` is the path of a decoder inside ``module`` that none of its Hugging Face models holds."""
+    if layers is None:
+        return False
     models = [model for _, model in _outermost_models(module)]
-    return layers is not None and not any(layers in dict(model.named_modules()) for model in models)
+    found = dict(module.named_modules()).get(layers)
+    inside = any(layers in dict(model.named_modules()) or found in set(model.modules()) for model in models)
+    return not inside and (found is not None or not models)
 
 
 def find_entrance(module: nn.Module, path: str | None = None) -> nn.Module:
     """What training calls to run :func:`find_vlm`'s model: the PEFT model around it, or itself."""
     vlm = find_vlm(module, path)
     start = module if path is None else module_at(module, "model", path)
-    around = (part for part in start.modules() if isinstance(part, PeftModel))
+    around = (part for part in start.modules() if _is_peft_model(part))
     return next((part for part in around if any(inner is vlm for inner in part.modules())), vlm)
+
+
+def _is_peft_model(module: nn.Module) -> bool:
+    """Without importing peft: whoever has such a model has imported it."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(module, peft.PeftModel)
 
 
 def module_at(module: nn.Module, option: str, path: str) -> nn.Module:
@@ -103,10 +113,11 @@ def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
     if isinstance(module, PreTrainedModel):
         yield name, module
         return
-    if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning:
+    adapter: Any = getattr(module, "active_peft_config", None) if _is_peft_model(module) else None
+    if adapter is not None and adapter.is_prompt_learning:
         raise ValueError(
-            f"{module.active_peft_config.peft_type.value} (PEFT's prompt learning) puts virtual tokens before "
-            "those of the probe, which are neither vision nor text: not supported. Adapters such as LoRA are."
+            f"{adapter.peft_type.value} (PEFT's prompt learning) puts virtual tokens before those of the probe, "
+            "which are neither vision nor text: not supported. Adapters such as LoRA are."
         )
     for child_name, child in module.named_children():
         yield from _outermost_models(child, f"{name}.{child_name}" if name else child_name)
@@ -114,7 +125,7 @@ def _outermost_models(module: nn.Module, name: str = "") -> Iterator[tuple[str, 
 
 def execution_device(model: nn.Module) -> torch.device:
     """Where a model computes: its first parameter's device, or where accelerate brings what it keeps off it."""
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.empty(0))
     if parameter.device.type != "meta":
         return parameter.device
     for module in model.modules():
@@ -123,6 +134,11 @@ def execution_device(model: nn.Module) -> torch.device:
             if (device := getattr(part, "execution_device", None)) is not None:
                 return torch.device(device)
     return parameter.device
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """Of the first floating-point parameter: quantised weights are integers, whose inputs are not."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def find_decoder(model: nn.Module, layers: str | None = None, norm: str | None = None) -> Decoder:
@@ -277,6 +293,8 @@ def token_masks(
         raise ValueError(f'a probe batch needs "input_ids" [B, S], got keys {sorted(batch)}.')
     input_ids: Tensor = batch["input_ids"]
     attention_mask = batch.get("attention_mask")
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ValueError(f"attention_mask must be a tensor [B, S], got {type(attention_mask).__name__}.")
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     _check_mask("attention_mask", valid, input_ids)
     vision = batch.get("vision_mask")

@@ -97,6 +97,7 @@ class MIRCallback(ProbingCallback):
         self.probe = probe = self.make_probe(self.probe)
         network = Network(self.network, **self.places)
         network.masks(probe, self.engine["text"])
+        network.check_layer("picture_layer", self.engine["sample_layer"])
         if network.device.type == "cuda":
             probe.pin_memory()
         return {"variant": self.engine["variant"], "text": self.engine["text"], "probe_batches": len(probe)}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from mir_lightning.functional.checks import check_at_least_one, check_choice
 from mir_lightning.functional.frechet import Gaussian
@@ -125,6 +126,7 @@ class ModalityIntegrationRate(PreciseMetric):
             for m in _MODALITIES
         ]
 
+    @torch.compiler.disable
     def update(
         self, vision: Tensor | Sequence[Tensor], text: Tensor | Sequence[Tensor], layer: int | None = None
     ) -> None:
@@ -149,10 +151,12 @@ class ModalityIntegrationRate(PreciseMetric):
             raise ValueError(f"layer must lie in 0 .. {self.num_layers - 1}, got {layer}.")
         given = enumerate(zip(vision, text, strict=True)) if layer is None else [(layer, (vision, text))]
         with torch.inference_mode(False), torch.no_grad():  # else later updates could not go on with these states
-            for index, (v, t) in given:
-                self._update_layer(v, t, index)
+            checked = [(index, *self._checked(v, t, index)) for index, (v, t) in given]
+            for index, tokens, norms in checked:
+                self._add(index, tokens, norms)
 
-    def _update_layer(self, vision: Any, text: Any, layer: int) -> None:
+    def _checked(self, vision: Any, text: Any, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Tokens of a layer and their norms, where they can be added."""
         check_tokens(vision, text, layer)
         if vision.shape[1] != self.hidden_size:
             raise ValueError(
@@ -160,15 +164,17 @@ class ModalityIntegrationRate(PreciseMetric):
             )
         given = [tokens.cpu() if self.compute_on_cpu else tokens for tokens in (vision.detach(), text.detach())]
         norms = [norms_of(tokens) for tokens in given]
-        clouds = self._clouds(layer)
-        for modality, tokens, of_tokens, cloud in zip(_MODALITIES, given, norms, clouds, strict=True):
+        for modality, tokens, of_tokens, cloud in zip(_MODALITIES, given, norms, self._clouds(layer), strict=True):
             check_finite(modality, of_tokens, layer)
             if (known := cloud.device(tokens.device)) != tokens.device:
                 raise ValueError(
                     f"tokens of layer {layer} were on {known} before and are on {tokens.device} now: "
                     "keep a layer on one device, or pass compute_on_cpu=True."
                 )
-        for place, (tokens, of_tokens, cloud) in enumerate(zip(given, norms, clouds, strict=True)):
+        return given, norms
+
+    def _add(self, layer: int, given: list[Tensor], norms: list[Tensor]) -> None:
+        for place, (tokens, of_tokens, cloud) in enumerate(zip(given, norms, self._clouds(layer), strict=True)):
             if not len(tokens):
                 continue
             if self._keeps_tokens:
@@ -248,6 +254,21 @@ class ModalityIntegrationRate(PreciseMetric):
         super().reset()
         self._distances = None
         self._final_rules = None
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add another metric's tokens to this one's.
+
+        Raises:
+            ValueError: for a metric of another depth, width or accumulator.
+        """
+        if isinstance(incoming_state, ModalityIntegrationRate):
+            own, other = (
+                f"{m.num_layers} layers of width {m.hidden_size}, {m.accumulator}{', all' * m._keeps_tokens}"
+                for m in (self, incoming_state)
+            )
+            if own != other:
+                raise ValueError(f"the metrics differ: {own}, and {other}.")
+        super().merge_state(incoming_state)
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Merge another stream's states into this one (used by ``forward`` and ``merge_state``)."""

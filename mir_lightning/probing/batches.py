@@ -47,19 +47,24 @@ class MaskedBatches:
         total = len(masks.vision)
         if samples.start == 0 and samples.stop >= total:
             return batch, masks
-        part = {key: _cut(key, value, samples, total) for key, value in batch.items()}
+        # A picture a sample by number only: the pictures of one sample may be several, and another has none.
+        unsure = not bool(masks.vision.any(dim=1).all())
+        part = {key: _cut(key, value, samples, total, unsure) for key, value in batch.items()}
         return part, TokenMasks(masks.vision[samples], masks.text[samples])
 
 
-def _cut(key: str, value: Any, samples: slice, total: int) -> Any:
+def _cut(key: str, value: Any, samples: slice, total: int, unsure: bool) -> Any:
     """The samples' part of an entry: its rows or items, or those of what is in it; a plain value is of all."""
     if value is None or isinstance(value, (str, bytes, bool, int, float, torch.dtype, torch.device)):
         return value
     if isinstance(value, Mapping):
-        return {name: _cut(f"{key}.{name}", inner, samples, total) for name, inner in value.items()}
-    if isinstance(value, (Tensor, np.ndarray, list, tuple)) and np.ndim(value) and len(value) == total:
+        return {name: _cut(f"{key}.{name}", inner, samples, total, unsure) for name, inner in value.items()}
+    listed = isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0)
+    rows = listed and len(value) == total
+    pixels = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2
+    if rows and not (pixels and unsure):
         return value[samples]
     raise torch.OutOfMemoryError(
         f"a batch of the probe does not fit into memory and cannot be cut in two: {key} has no row for each of "
-        f"its {total} samples. Give the probe smaller batches."
+        f"its {total} samples{', or pictures of some have several' * pixels}. Give the probe smaller batches."
     )

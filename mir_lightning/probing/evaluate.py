@@ -17,7 +17,7 @@ from mir_lightning.metrics.mir import AccumulatedOutlierError, ModalityIntegrati
 from mir_lightning.probing.batches import MaskedBatches
 from mir_lightning.probing.isolation import leave_no_trace
 from mir_lightning.probing.network import Forward, HiddenStates, Network
-from mir_lightning.probing.probe import Batch, Probe
+from mir_lightning.probing.probe import Batch, Probe, ProbeLike
 from mir_lightning.probing.ranks import fit_into_memory, run_together, sum_over_ranks
 from mir_lightning.vlm import TextPositions, TokenMasks
 
@@ -30,7 +30,8 @@ class UncheckedMaskWarning(UserWarning):
 
 _NOTHING_MOVED = (
     "the vision mask could not be checked: no input of the first decoder layer moves with the pixels. Either the "
-    "projector is silent (its output layer still zeros), or the model does not see the images."
+    "projector is silent (its output layer still zeros), or the model does not see the images, or the batches "
+    "hold no pixels. check=False goes without."
 )
 
 
@@ -89,7 +90,7 @@ class MIRResult:
 
 def evaluate_mir(
     model: nn.Module,
-    probe: Probe,
+    probe: ProbeLike,
     variant: Variant = "paper",
     text: TextPositions = "after_vision",
     *,
@@ -148,11 +149,14 @@ def evaluate_mir(
     check_choice("variant", variant, Variant)
     if check and hidden_states is not None:
         raise ValueError("check works with Hugging Face models only: pass check=False along with hidden_states.")
-    network = Network(model, forward, layers, norm, image_token_id, hidden_states)
+    network, probe = Network(model, forward, layers, norm, image_token_id, hidden_states), Probe.of(probe)
+    network.check_layer("sample_layer", sample_layer)
     fingerprint, masks = probe.fingerprint, network.masks(probe, text)
     whole = MaskedBatches(probe, masks)
     with leave_no_trace(network.model):
-        checked = check and _mask_is_right(network, whole, distributed)
+        checked = check and fit_into_memory(
+            lambda batches: _mask_is_right(network, batches, distributed), whole, MaskedBatches.halved
+        )
         reading = fit_into_memory(
             lambda batches: _Reading(network, variant, sample_layer, distributed, progress).of(batches),
             whole,
@@ -266,9 +270,11 @@ class _Reading:
             self._add_loss(output.loss, inputs)
 
     def _add_loss(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        tokens = int((inputs["labels"][:, 1:] != -100).sum())
-        self._loss_sum += float(loss) * tokens if tokens else 0.0
-        self._loss_tokens += tokens
+        labels = inputs["labels"]
+        is_text = isinstance(labels, Tensor) and labels.shape == inputs["input_ids"].shape
+        count = int((labels[:, 1:] != -100).sum()) if is_text else len(inputs["input_ids"])
+        self._loss_sum += float(loss.float().mean()) * count if count else 0.0
+        self._loss_tokens += count
 
     def _reduce(self, hidden: Tensor, positions: list[Tensor], layer: int, layers: int) -> None:
         flat = hidden.reshape(-1, hidden.shape[-1])

@@ -38,7 +38,7 @@ def read_image(
         UnreadableImageError: if the file is missing, empty, broken, cut off, no regular file, of a format that is
             not listed, too small or too large.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     name = name or str(source)
     try:
@@ -50,11 +50,18 @@ def read_image(
                 raise UnreadableImageError(f"{name}: {image.width} x {image.height} pixels, above {max_pixels:,}")
             if min(image.size) < min_side:
                 raise UnreadableImageError(f"{name}: {image.width} x {image.height} pixels, too small")
-            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+            return as_viewed(image)
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders fail in ways of their own
         raise UnreadableImageError(f"{name}: {error}") from error
+
+
+def as_viewed(image: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it, RGB; see :func:`read_image`."""
+    from PIL import ImageOps
+
+    return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

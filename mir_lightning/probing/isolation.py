@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+_SMALL = 2**16  # values of a buffer that is looked after where it is written into, as a counter is
+_PLAIN = (Tensor, bool, int, float, str, type(None), list, tuple, dict, set)
 _CAPTURING = "_output_capturing_hooks_installed"  # how transformers marks a model after its first forward
 
 
@@ -18,14 +20,16 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no compilation inside; afterwards everything is as before.
 
     Restored, also after an error: the training flag of every module (each its own), the random states of
-    Python, NumPy, torch and its devices, tensors, buffers and numbers that modules replace in a forward
-    (``rope_deltas`` of M-RoPE models, the frequencies of dynamic RoPE), and the hooks that transformers adds in a
-    model's first forward (with them, a model that is compiled later would be traced differently). ``no_grad`` and
-    not ``inference_mode``, whose tensors a later training step may not use. Compiled modules run eagerly, because
-    they ignore hooks added after compilation.
+    Python, NumPy, torch and its devices, tensors, buffers and plain values that modules replace in a forward
+    (``rope_deltas`` of M-RoPE models, the frequencies of dynamic RoPE), small buffers that they write into, and
+    the hooks that transformers adds in a model's first forward (with them, a model that is compiled later would be
+    traced differently). ``no_grad`` and not ``inference_mode``, whose tensors a later training step may not use.
+    Compiled modules run eagerly, because they ignore hooks added after compilation.
     """
     training = {module: module.training for module in model.modules()}
     kept = {module: (dict(vars(module)), dict(module._buffers)) for module in training}
+    small = [b for m in training for b in m._buffers.values() if b is not None and b.numel() <= _SMALL]
+    counters = [(b, b._version, b.detach().clone()) for b in small if not b.is_inference()]
     hooks = {module: list(module._forward_hooks) for module in training}
     marked = {module for module in training if _CAPTURING in vars(module)}
     error: BaseException | None = None
@@ -43,6 +47,9 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
             for module, (attributes, buffers) in kept.items():
                 _restore(vars(module), attributes)
                 _restore(module._buffers, buffers)
+            for buffer, version, before in counters:
+                if buffer._version != version:
+                    buffer.copy_(before)
             for module in training if newly_marked else ():
                 for hook in module._forward_hooks.keys() - hooks[module]:
                     del module._forward_hooks[hook]
@@ -51,11 +58,9 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
 
 
 def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Put tensors and plain values back that were replaced, and take those away that came."""
+    """Put tensors, plain values and containers back that were replaced, and take those away that came."""
     changed = [
-        name
-        for name, value in now.items()
-        if isinstance(value, (Tensor, bool, int, float)) and value is not before.get(name)
+        name for name, value in now.items() if isinstance(value, _PLAIN) and value is not before.get(name, _PLAIN)
     ]
     for name in changed:
         if name in before:

@@ -17,6 +17,7 @@ from mir_lightning.vlm import (
     TextPositions,
     TokenMasks,
     check_takes_pixels,
+    compute_dtype,
     execution_device,
     find_decoder,
     find_entrance,
@@ -70,10 +71,18 @@ class Network:
         self.image_token_id = image_token_id
         self.hidden_states = hidden_states
         self.device = execution_device(self.model)
-        self.dtype = next(self.model.parameters()).dtype
+        self.dtype = compute_dtype(self.model)
+        self._norm = norm
         accepted = inspect.signature(type(self.vlm or self.model).forward).parameters
-        self._no_cache = {"use_cache": False} if "use_cache" in accepted else {}
+        passes_on = self.vlm is not None and any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        self._no_cache = {"use_cache": False} if "use_cache" in accepted or passes_on else {}
         self._keeps_logits = "logits_to_keep" in accepted
+
+    def check_layer(self, option: str, layer: int | None) -> None:
+        """Raise a ``ValueError`` that names the option unless the model has the layer, counted from 1."""
+        total = None if self.decoder is None else len(self.decoder.layers)
+        if layer is not None and (layer < 1 or (total is not None and layer > total)):
+            raise ValueError(f"{option} must lie in 1 .. {total or 'the number of layers'}, got {layer}.")
 
     def masks(self, probe: Probe, text: TextPositions) -> list[TokenMasks]:
         """Vision and text positions of each batch, and all that can be known without running the model.
@@ -110,7 +119,8 @@ class Network:
         """Of a forward: on the device, floating point ones in the model's dtype, masks left out."""
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None, non_blocking=True)
+            dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.to(self.device, dtype, non_blocking=True, copy=True)  # some forwards write into it
 
         inputs = {key: value for key, value in batch.items() if key not in _MASK_KEYS}
         return apply_to_collection(inputs, Tensor, move)
@@ -128,14 +138,25 @@ class Network:
         """
         if self.hidden_states is not None:
             states = list(self.hidden_states(self.model, inputs))
+            if not states:
+                raise ValueError("hidden_states gave no layer.")
             for layer, hidden in enumerate(states):
                 reduce(_sequence_states(hidden, masks.vision, layer), layer, len(states))
             return None
         assert self.decoder is not None
         total = len(self.decoder.layers)
         final: list[Tensor] = []
+        normed = False
+        places: dict[nn.Module, list[int]] = {}  # several of a module that stands in the list several times
+        for index, block in enumerate(self.decoder.layers):
+            places.setdefault(block, []).append(index)
 
-        def after_layer(layer: int, output: Any) -> None:
+        def after_layer(block: nn.Module, output: Any) -> None:
+            if not places[block]:
+                raise ValueError(
+                    f"a decoder layer ({type(block).__name__}) ran more often than it is in the list."
+                )
+            layer = places[block].pop(0)
             hidden = _sequence_states(output, masks.vision, layer)
             if layer + 1 == total:
                 final[:] = [hidden]
@@ -143,18 +164,20 @@ class Network:
                 reduce(hidden, layer, total)
 
         def after_norm(output: Any) -> None:
+            nonlocal normed
             if final:
-                final[:] = [output]
+                final[:], normed = [output], True
 
         with ExitStack() as hooks:
-            for index, block in enumerate(self.decoder.layers):
-                handle = block.register_forward_hook(lambda _m, _a, out, i=index: after_layer(i, out))
-                hooks.callback(handle.remove)
+            for block in tuple(places):
+                hooks.callback(block.register_forward_hook(lambda m, _a, out: after_layer(m, out)).remove)
             for norm in self.decoder.norms:
                 hooks.callback(norm.register_forward_hook(lambda _m, _a, out: after_norm(out)).remove)
             output = self.run(inputs)
         if not final:
             raise ValueError("the decoder's last layer did not run in the model's forward pass.")
+        if self._norm is not None and not normed:
+            raise ValueError(f"norm={self._norm!r} did not run after the decoder's last layer.")
         reduce(final[0], total - 1, total)
         return output
 
@@ -164,13 +187,17 @@ class Network:
         Every floating-point tensor but masks and embeddings is taken for pixels.
 
         Returns:
-            Whether some position moved; none does while a projector is silent (its output layer all zeros).
+            Whether some position moved; none does while a projector is silent (its output layer all zeros), or
+            where the batch holds no pixels.
 
         Raises:
-            ValueError: if a position outside the vision mask moved, or there are no pixels to change.
+            ValueError: if a position outside the vision mask moved.
         """
         inputs = self.inputs(batch)
-        before, after = (self._first_layer_input(given) for given in (inputs, _with_other_pixels(inputs)))
+        changed, pixels = _with_other_pixels(inputs)
+        if not pixels:
+            return False
+        before, after = (self._first_layer_input(given) for given in (inputs, changed))
         if before.shape[:2] != masks.vision.shape:
             return True  # the layers say with a better message that the sequence has another length
         moved = (before != after).any(dim=-1).cpu()
@@ -219,18 +246,22 @@ def _sequence_states(output: Any, vision_mask: Tensor, layer: int) -> Tensor:
     )
 
 
-def _with_other_pixels(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Noise added to the pixels; zeros stay, since whole images of them are padding to some models."""
-    generator = torch.Generator().manual_seed(0)
-    changed = {}
-    for key, value in inputs.items():
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        if is_float and not any(part in key for part in _NOT_PIXELS):
-            noise = torch.randn(value.shape, generator=generator).to(value)
-            changed[key] = torch.where(value == 0, value, value + noise)
-    if not changed:
-        raise ValueError(
-            f"the probe's batches carry no pixels (floating-point tensors) to check the vision mask with: their "
-            f"keys are {sorted(inputs)}. Pass check=False to go without."
-        )
-    return {**inputs, **changed}
+def _with_other_pixels(inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Noise added to the pixels, and in how many tensors; zeros stay: whole images of them are padding to some."""
+    generator, found = torch.Generator().manual_seed(0), []
+
+    def change(value: Tensor) -> Tensor:
+        if value.is_floating_point():
+            other = value + torch.randn(value.shape, generator=generator).to(value)
+        elif value.dtype == torch.uint8:
+            other = torch.randint(1, 256, value.shape, generator=generator, dtype=torch.uint8).to(value.device)
+        else:
+            return value
+        found.append(value)
+        return torch.where(value == 0, value, other)
+
+    changed = {
+        key: value if any(part in key for part in _NOT_PIXELS) else apply_to_collection(value, Tensor, change)
+        for key, value in inputs.items()
+    }
+    return changed, len(found)

@@ -12,6 +12,7 @@ from typing import Any, Union
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -97,7 +98,10 @@ class Probe:
                 raise ValueError(
                     f"batch {index} holds {', '.join(others)}, not a tensor: only tensors can be saved."
                 )
-            tensors |= {f"{index}.{key}": value.contiguous() for key, value in batch.items()}
+            tensors |= {
+                f"{index}.{key}": value.clone(memory_format=torch.contiguous_format)
+                for key, value in batch.items()
+            }
         header = {**notes, "format": _FILE_FORMAT, "batches": str(len(self)), "fingerprint": self.fingerprint}
         save_tensors(tensors, path, header)
 
@@ -134,7 +138,12 @@ def checked_batch(index: int, batch: Any) -> dict[str, Any]:
         raise ValueError(
             f'batch {index} of the probe needs "input_ids", a tensor [B, S]; its keys are {sorted(batch)}.'
         )
-    return {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return apply_to_collection(dict(batch), (Tensor, np.ndarray), _own)
+
+
+def _own(value: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """A copy on the CPU, which whoever gave it may go on writing into."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value.copy()
 
 
 def batch_digest(batch: Batch) -> bytes:
@@ -152,15 +161,20 @@ def _add_contents(digest: Any, key: str, value: Any) -> None:
         TypeError: for a value whose contents are not known; it names the key.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        digest.update(b"array:")
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        digest.update(f"array:{key}:{value.dtype}:{list(value.shape)}:".encode() + value.tobytes())
+        return
     if isinstance(value, Tensor):
-        digest.update(f"{key}:{value.dtype}:{list(value.shape)}:".encode())
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        try:
+            contents = value.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        except RuntimeError as error:
+            raise TypeError(f"probe: {key} holds a tensor whose contents cannot be read: {error}.") from error
+        digest.update(f"{key}:{value.dtype}:{list(value.shape)}:".encode() + contents)
         return
     if isinstance(value, np.generic):
         value = value.item()
-    digest.update(f"{key}:{type(value).__qualname__}:".encode())
+    picture = (pillow := sys.modules.get("PIL.Image")) is not None and isinstance(value, pillow.Image)
+    kind = "Image" if picture else "dict" if isinstance(value, Mapping) else type(value).__qualname__
+    digest.update(f"{key}:{kind}:".encode())
     if isinstance(value, Mapping):
         for name in sorted(value, key=repr):
             _add_contents(digest, f"{key}.{name!r}", value[name])
@@ -170,7 +184,7 @@ def _add_contents(digest: Any, key: str, value: Any) -> None:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             _add_contents(digest, f"{key}.{field.name}", getattr(value, field.name))
-    elif (pillow := sys.modules.get("PIL.Image")) is not None and isinstance(value, pillow.Image):
+    elif picture:
         digest.update(f"{value.mode}:{value.size}:".encode())
         digest.update(value.convert("RGBA").tobytes() if value.mode in ("P", "PA") else value.tobytes())
     elif value is None or isinstance(value, (str, bytes, bool, int, float, complex, torch.dtype, torch.device)):

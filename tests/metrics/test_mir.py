@@ -506,3 +506,24 @@ def test_one_token_short():
 def test_bad_construction(arguments, message):
     with pytest.raises(ValueError, match=message):
         ModalityIntegrationRate(*arguments)
+
+
+def test_an_update_that_fails_has_added_nothing():
+    vision, text = hostile_layers("plain", layers=2)
+    metric, same = ModalityIntegrationRate(2, WIDTH), ModalityIntegrationRate(2, WIDTH)
+    metric.update(vision, text)
+    same.update(vision, text)
+    with pytest.raises(ValueError, match="layer 1 hold NaN"):
+        metric.update(vision, [text[0], text[1] * torch.nan])
+    assert metric.compute() == same.compute()
+
+
+def test_metrics_that_differ_do_not_merge():
+    vision, text = hostile_layers("plain", layers=2)
+    metric, other = ModalityIntegrationRate(2, WIDTH), ModalityIntegrationRate(1, WIDTH)
+    metric.update(vision, text)
+    other.update(vision[:1], text[:1])
+    with pytest.raises(ValueError, match=r"2 layers of width .* and 1 layers"):
+        metric.merge_state(other)
+    with pytest.raises(ValueError, match=r"torch.float64, and .* torch.float32"):
+        metric.merge_state(ModalityIntegrationRate(2, WIDTH, accumulator=torch.float32))

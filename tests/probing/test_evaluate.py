@@ -10,7 +10,9 @@ from lightning.fabric import Fabric
 
 from mir_lightning.functional import modality_integration_rate
 from mir_lightning.probing import Probe, evaluate_mir
+from mir_lightning.probing.batches import MaskedBatches
 from mir_lightning.probing.network import ProbeWarning
+from mir_lightning.vlm import TokenMasks
 from tests import oracle
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 
@@ -390,3 +392,122 @@ def test_plain_modules_by_the_paths_of_their_layers():
     assert evaluate_mir(half, Probe([batch]), layers="decoder.blocks", norm="decoder.norm").mir == pytest.approx(
         result.mir, abs=0.05
     )
+
+
+class Writing(HandWritten):
+    """Writes into what it is given, as preprocessing inside a model does."""
+
+    def forward(self, input_ids, pictures, labels=None):
+        pictures["patches"].sub_(0.5).div_(0.25)
+        return super().forward(input_ids, pictures, labels)
+
+
+def _hand_batch():
+    return {
+        "input_ids": torch.arange(30).view(3, 10) % 20,
+        "pictures": {"patches": torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1))},
+        "vision_mask": (torch.arange(10) < 4).expand(3, 10),
+    }
+
+
+PLACES = {"layers": "decoder.blocks", "norm": "decoder.norm"}
+
+
+def test_nothing_writes_into_a_probe():
+    batch = _hand_batch()
+    probe = Probe([batch])
+    first = evaluate_mir(Writing(), probe, **PLACES)
+    batch["pictures"]["patches"].zero_()
+    assert evaluate_mir(Writing(), probe, **PLACES).mir == first.mir
+    assert Probe([probe[0]]).fingerprint == probe.fingerprint == Probe([_hand_batch()]).fingerprint
+
+
+def test_layers_that_share_a_module_are_told_apart_by_their_calls():
+    model = HandWritten()
+    model.decoder.blocks[1] = model.decoder.blocks[0]
+    batch = _hand_batch()
+    with torch.no_grad():
+        hidden = torch.cat(
+            [model.patches(batch["pictures"]["patches"]), model.embed(batch["input_ids"][:, 4:])], 1
+        )
+        states = []
+        for block in model.decoder.blocks:
+            states.append(block(hidden))
+            hidden = torch.tanh(states[-1])
+        states[-1] = model.decoder.norm(hidden)
+    vision, text = ([state[mask] for state in states] for mask in (batch["vision_mask"], ~batch["vision_mask"]))
+    expected = modality_integration_rate(vision, text, return_layers=True)[1]
+    found = evaluate_mir(model, Probe([batch]), **PLACES).layers
+    torch.testing.assert_close(found, expected)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("norm", ["decoder.blocks.0", "clip.post_layernorm"])
+def test_a_final_norm_that_does_not_run_last_is_refused(norm):
+    with pytest.raises(ValueError, match=f"norm='{norm}' did not run after the decoder's last layer"):
+        evaluate_mir(HandWritten(), Probe([_hand_batch()]), layers="decoder.blocks", norm=norm)
+
+
+def test_quantised_weights_say_nothing_of_the_inputs():
+    model = HandWritten()
+    plain = evaluate_mir(model, Probe([_hand_batch()]), **PLACES).mir
+    packed = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    model._parameters = {"packed": packed, **model._parameters}
+    assert next(model.parameters()).dtype == torch.uint8
+    assert evaluate_mir(model, Probe([_hand_batch()]), **PLACES).mir == plain
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.ones(3, dtype=torch.long), {"text": torch.ones(3, 10, dtype=torch.long)}]
+)
+def test_labels_of_any_shape_leave_mir_alone(labels):
+    model, batch = HandWritten(), _hand_batch()
+    plain = evaluate_mir(model, Probe([batch]), **PLACES)
+    found = evaluate_mir(model, Probe([{**batch, "labels": labels}]), **PLACES)
+    assert found.mir == plain.mir
+    assert found.loss is not None
+
+
+def test_the_self_check_is_halved_too_and_looks_into_nested_pixels():
+    model, seen = tiny_llava(), []
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: _refuse(args[0] if args else kwargs["pixel_values"], seen), with_kwargs=True
+    )
+    result = evaluate_mir(model, Probe([tiny_batch()]), check=True)
+    assert result.checked
+    assert result.mir == pytest.approx(evaluate_mir(tiny_llava(), Probe([tiny_batch()])).mir, rel=1e-9)
+    assert max(seen) == 4
+    nested = evaluate_mir(HandWritten(), Probe([_hand_batch()]), **PLACES, check=True)
+    assert nested.checked
+
+
+def _refuse(inputs, seen):
+    seen.append(len(inputs))
+    if seen[-1] > 2:
+        raise torch.OutOfMemoryError("too many")
+
+
+def test_pictures_that_are_a_samples_by_number_only_are_not_halved():
+    batch = tiny_batch(batch=2, padded=0)
+    batch["input_ids"][1] = 9  # no picture; the first sample has two
+    batch["vision_mask"] = batch["input_ids"] == IMAGE_TOKEN
+    batches = MaskedBatches(Probe([batch]), [TokenMasks(batch["vision_mask"], ~batch["vision_mask"])]).halved()
+    with pytest.raises(torch.OutOfMemoryError, match=r"pixel_values has no row for each .* several"):
+        batches[0]
+
+
+def test_no_cache_is_made_where_the_signature_does_not_say_so():
+    model, caches = tiny_llava(), []
+    model.model.language_model.register_forward_hook(lambda m, args, output: caches.append(output.past_key_values))
+    evaluate_mir(model, Probe([tiny_batch()]))
+    assert caches == [None]
+
+
+@pytest.mark.parametrize("layer", [0, -1, 99])
+def test_a_layer_to_sample_has_to_be_there(layer):
+    with pytest.raises(ValueError, match=r"sample_layer must lie in 1 .. 3"):
+        evaluate_mir(tiny_llava(), Probe([tiny_batch()]), sample_layer=layer)
+
+
+def test_batches_are_a_probe_too():
+    assert evaluate_mir(tiny_llava(), [tiny_batch()]).mir == evaluate_mir(tiny_llava(), Probe([tiny_batch()])).mir

@@ -64,3 +64,26 @@ def test_what_a_forward_replaces_is_put_back_and_what_it_makes_is_taken_away():
     assert (module.frequencies is kept[0], module.longest, module.deltas is kept[2]) == (True, 4, True)
     assert set(vars(module)) == names
     assert set(dict(module.named_buffers())) == {"frequencies"}
+
+
+class Counting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(3))
+        self.said, self.seen, self.last = "before", [1], 5
+
+    def forward(self):
+        self.count += 1
+        self.said, self.seen, self.last, self.new = "after", [1, 2], None, {}
+
+
+def test_what_a_forward_counts_or_says_is_as_before():
+    model = Counting()
+    model()
+    model.said, model.seen, model.last = "before", [1], 5
+    before = {**vars(model)}
+    with leave_no_trace(model):
+        model()
+    assert model.count.tolist() == [1, 1, 1]
+    assert (model.said, model.last) == ("before", 5)
+    assert model.seen is before["seen"]

@@ -1,3 +1,4 @@
+from collections import UserDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,3 +102,25 @@ def test_the_fingerprint_is_of_contents_whatever_they_are_made_of():
 def test_contents_that_cannot_be_told_apart_are_refused_by_name(value):
     with pytest.raises(TypeError, match=r"probe: extra\[1\] holds a \w+, whose contents .* tensors, arrays"):
         _ = Probe([{**tiny_batch(), "extra": [1, value]}]).fingerprint
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    ids = torch.arange(12).view(3, 4)
+    probe = Probe([{"input_ids": ids, "labels": ids}, {"input_ids": ids[1:], "labels": ids[1:]}])
+    probe.save(tmp_path / "probe.safetensors")
+    assert Probe.load(tmp_path / "probe.safetensors")[0].fingerprint == probe.fingerprint
+
+
+def test_equal_contents_have_one_fingerprint_and_others_another(tmp_path):
+    def of(value):
+        return Probe([{"input_ids": torch.ones(1, 2, dtype=torch.long), "x": value}]).fingerprint
+
+    noise = Image.effect_noise((8, 8), 50)
+    noise.save(tmp_path / "a.png")
+    assert of(noise) == of(Image.open(tmp_path / "a.png"))
+    assert of({"a": 1}) == of(UserDict({"a": 1}))
+    assert of(np.array(1.0)) != of(np.array([1.0]))
+    turned = torch.ones(2, dtype=torch.complex64).conj()
+    assert of(turned) == of(turned.resolve_conj())
+    with pytest.raises(TypeError, match="x holds a tensor whose contents cannot be read"):
+        of(torch.eye(2).to_sparse())

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -23,7 +24,7 @@ from mir_lightning.probing.choices.items import IMAGE, ChoiceItem
 from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.choices.scores import CandidateScorer, Forward
 from mir_lightning.probing.isolation import leave_no_trace
-from mir_lightning.probing.ranks import run_items
+from mir_lightning.probing.ranks import fit_into_memory, run_items
 from mir_lightning.vlm import find_entrance, find_vlm
 
 CAPTION_PROMPT = f"{IMAGE} A photo of"
@@ -148,7 +149,8 @@ def evaluate_few_shot(
     with leave_no_trace(model):
         for count, probe in items.probes.items():
             scorer = CandidateScorer(vlm, probe, "logit", forward or find_entrance(model), distributed)
-            answers[count] = written_answers(scorer, batch_size, max_new_tokens, progress)
+            write = partial(written_answers, scorer, max_new_tokens=max_new_tokens, progress=progress)
+            answers[count] = fit_into_memory(write, batch_size, lambda size: size // 2 or None)
             scores[count] = _by_task(probe.items, answers[count])
     return FewShotResult(scores, answers, items.fingerprint, time.perf_counter() - start)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from mir_lightning.files import read_json_lines
 from mir_lightning.functional.checks import check_at_least_one
-from mir_lightning.probing.images import read_image
+from mir_lightning.probing.images import as_viewed, read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,7 +54,7 @@ def open_image(source: ImageSource) -> Image:
     """An RGB picture from a file, a PIL image or a callable."""
     if isinstance(source, (str, Path)):
         return read_image(source)
-    return (source() if callable(source) else source).convert("RGB")
+    return as_viewed(source() if callable(source) else source)
 
 
 def check_items(items: Iterable[ChoiceItem], open_ended: bool = False) -> list[ChoiceItem]:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from mir_lightning.probing.choices.items import IMAGE, ChoiceItem, ImageSource, check_items, open_image
+from mir_lightning.probing.probe import batch_digest
 
 T = TypeVar("T")
 
@@ -213,4 +214,4 @@ def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
 def _picture_key(source: ImageSource) -> bytes:
     if isinstance(source, (str, Path)):
         return f"{Path(source).name}:{Path(source).stat().st_size}".encode()
-    return b"" if callable(source) else source.convert("RGB").tobytes()
+    return b"" if callable(source) else batch_digest({"picture": source})

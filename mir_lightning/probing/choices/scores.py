@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from mir_lightning.probing.choices.items import ChoiceItem
 from mir_lightning.probing.choices.probe import ChoiceProbe, EncodedChoices, common_prefix, valid_rows
-from mir_lightning.vlm import execution_device
+from mir_lightning.vlm import compute_dtype, execution_device
 
 Score = Literal["logit", "logprob"]
 Forward = Callable[..., Any]
@@ -39,7 +39,7 @@ class CandidateScorer:
         self.forward = forward
         self.in_step = in_step
         self.device = execution_device(model)
-        self.dtype = next(model.parameters()).dtype
+        self.dtype = compute_dtype(model)
         self.pad = probe.processor.tokenizer.pad_token_id
         self.accepted = inspect.signature(model.forward).parameters
         self.keeps_deltas = any(hasattr(module, "rope_deltas") for module in model.modules())
