@@ -279,7 +279,8 @@ def token_masks(
         config: the model's config; needed where neither the batch has a ``vision_mask`` nor ``image_token_id``
             is given.
         batch: what the model's forward takes: ``input_ids`` ``[B, S]``, perhaps ``attention_mask``; a
-            ``vision_mask`` or ``text_mask`` in it wins over what would be found.
+            ``vision_mask`` or ``text_mask`` in it wins over what would be found. Both together may be of another
+            length than ``input_ids``, that of the sequence inside a model that puts vision tokens in.
         text: ``"after_vision"``: valid positions after the sample's first vision position, vision excluded
             (every valid position of a sample without an image); ``"all"``: every valid position but vision.
         image_token_id: placeholder of vision tokens, where the config does not tell it or tells another.
@@ -292,17 +293,22 @@ def token_masks(
     if "input_ids" not in batch:
         raise ValueError(f'a probe batch needs "input_ids" [B, S], got keys {sorted(batch)}.')
     input_ids: Tensor = batch["input_ids"]
+    vision, chosen = batch.get("vision_mask"), batch.get("text_mask")
+    shapes = {mask.shape for mask in (vision, chosen) if isinstance(mask, Tensor)}
+    if vision is not None and chosen is not None and len(shapes) == 1 and input_ids.shape not in shapes:
+        # Over positions inside the model, which no attention mask tells of.
+        _check_mask("vision_mask", vision, vision)
+        _check_mask("text_mask", chosen, vision)
+        return TokenMasks(vision, chosen & ~vision)
     attention_mask = batch.get("attention_mask")
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise ValueError(f"attention_mask must be a tensor [B, S], got {type(attention_mask).__name__}.")
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     _check_mask("attention_mask", valid, input_ids)
-    vision = batch.get("vision_mask")
     if vision is None:
         vision = _default_vision_mask(config, batch, image_token_id)
     _check_mask("vision_mask", vision, input_ids)
     vision = vision & valid
-    chosen = batch.get("text_mask")
     if chosen is None:
         after = vision.cumsum(dim=1) > 0
         without_image = ~vision.any(dim=1, keepdim=True)
@@ -348,14 +354,12 @@ def _is_one_of(input_ids: Tensor, ids: set[int]) -> Tensor:
     return torch.isin(input_ids, torch.tensor(sorted(ids), dtype=input_ids.dtype, device=input_ids.device))
 
 
-def _check_mask(name: str, mask: Tensor, input_ids: Tensor) -> None:
+def _check_mask(name: str, mask: Any, like: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{name} must be a boolean tensor, got {given}.")
-    if mask.shape != input_ids.shape:
-        raise ValueError(
-            f"{name} must have the shape of input_ids, {list(input_ids.shape)}, got {list(mask.shape)}."
-        )
+    if mask.shape != like.shape:
+        raise ValueError(f"{name} must have the shape of input_ids, {list(like.shape)}, got {list(mask.shape)}.")
 
 
 PartName = Literal["projector", "vision", "llm", "lora", "moca"]

@@ -1,4 +1,6 @@
 import gc
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -511,3 +513,36 @@ def test_a_layer_to_sample_has_to_be_there(layer):
 
 def test_batches_are_a_probe_too():
     assert evaluate_mir(tiny_llava(), [tiny_batch()]).mir == evaluate_mir(tiny_llava(), Probe([tiny_batch()])).mir
+
+
+class Expanding(torch.nn.Module):
+    """Puts four vision tokens where its ids have one placeholder, as LLaVA's first code did."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask, patches, output_hidden_states):
+        first = self.embed(input_ids)
+        hidden = torch.cat([first[:, :2], patches, first[:, 3:]], dim=1)
+        return SimpleNamespace(hidden_states=[hidden, self.layer(hidden)])
+
+
+def test_vision_tokens_put_in_inside_by_the_example_of_the_docs():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    (block,) = re.findall(r"```python\n(def hidden_states.*?)```", page, re.DOTALL)
+    ids = torch.randint(5, 20, (3, 8), generator=torch.Generator().manual_seed(0))
+    ids[:, 2] = 4
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "patches": torch.randn(3, 4, 8)}
+    batch["attention_mask"][2, 6:] = 0
+    names = {"torch": torch, "evaluate_mir": evaluate_mir, "Probe": Probe, "model": Expanding(), "batch": batch}
+    names["placeholder"] = 4
+    exec(block.replace("evaluate_mir(", "result = evaluate_mir(").replace("576", "4"), names)
+    vision = torch.zeros(3, 11, dtype=torch.bool)
+    vision[:, 2:6] = True
+    text = ~vision
+    text[2, 9:] = False
+    hidden = names["model"](ids, None, batch["patches"], True).hidden_states[1].detach()
+    expected = modality_integration_rate([hidden[vision]], [hidden[text]]).item()
+    assert names["result"].mir == pytest.approx(expected, rel=1e-9)
