@@ -40,7 +40,7 @@ def _value(text: bytes, place: str) -> Any:
 
 
 def check_json(place: str, value: Any, schema: Any, field: str = "it") -> None:
-    """Raise a ``ValueError`` that begins with ``place`` and names the first field of a JSON value that does not fit.
+    """Raise a ``ValueError`` that begins with ``place`` and names the first field that does not fit.
 
     A schema is ``str``, ``int`` or ``float`` (finite); for a list ``[schema]``, or a schema for each of its items;
     for an object a dict of the fields that it needs.
