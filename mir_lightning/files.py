@@ -1,7 +1,5 @@
 """Files read and written on every floor, with errors that say where in a file something is wrong."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
@@ -42,14 +40,10 @@ def _value(text: bytes, place: str) -> Any:
 
 
 def check_json(place: str, value: Any, schema: Any, field: str = "it") -> None:
-    """Raise a ``ValueError`` that names the first field of a JSON value that is not as it should be.
+    """Raise a ``ValueError`` that begins with ``place`` and names the first field that does not fit.
 
-    Args:
-        place: how the error begins.
-        value: what was read.
-        schema: ``str``, ``int`` or ``float`` (finite); for a list ``[schema]``, or a schema for each of its items;
-            for an object a dict of the fields that it needs.
-        field: name of the value.
+    A schema is ``str``, ``int`` or ``float`` (finite); for a list ``[schema]``, or a schema for each of its items;
+    for an object a dict of the fields that it needs.
     """
     if isinstance(schema, dict):
         wanted, fits = "an object", isinstance(value, dict)

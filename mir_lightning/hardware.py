@@ -1,16 +1,14 @@
 """Which precision this machine computes well in."""
 
-from __future__ import annotations
-
 import os
-import time
+import timeit
 from functools import lru_cache
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.functional import linear
 
 _NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # names of torch.cpu.get_capabilities, x86 and ARM
-_SIZE = (512, 576, 1536)  # of the products that are timed: some tokens through a layer of a small model
 
 
 def cpu_has_bfloat16() -> bool:
@@ -38,14 +36,14 @@ def best_precision(accelerator: str) -> tuple[str, str]:
         ``"bf16-mixed"`` where bfloat16 is native, else ``"32-true"``, and the reason in words.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16-mixed", f"{torch.cuda.get_device_name()} computes bfloat16 natively"
-        return "32-true", f"{torch.cuda.get_device_name()} does not compute bfloat16 natively"
-    if accelerator not in ("auto", "cpu"):
+        name, native = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator in ("auto", "cpu"):
+        name, native = "this CPU", cpu_has_bfloat16()
+    else:
         return "32-true", f"nothing is known of bfloat16 on accelerator {accelerator}"
-    if cpu_has_bfloat16():
-        return "bf16-mixed", "this CPU computes bfloat16 natively"
-    return "32-true", "this CPU does not compute bfloat16 natively"
+    if native:
+        return "bf16-mixed", f"{name} computes bfloat16 natively"
+    return "32-true", f"{name} does not compute bfloat16 natively"
 
 
 def cpu_dtype(saved: torch.dtype) -> torch.dtype:
@@ -58,29 +56,18 @@ def cpu_dtype(saved: torch.dtype) -> torch.dtype:
 @lru_cache(maxsize=1)
 def bfloat16_slowdown() -> float:
     """How many times longer the CPU takes for products of bfloat16 than of float32; some tenths of a second."""
-    tokens, width, wide = _SIZE
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        layer, hidden, gradient = (
-            torch.ones(shape, dtype=dtype) for shape in ((wide, width), (tokens, width), (tokens, wide))
-        )
-        runs = []
-        for _ in range(3):
-            start = time.perf_counter()
-            torch.nn.functional.linear(hidden, layer)
-            gradient @ layer
-            runs.append(time.perf_counter() - start)
-        seconds[dtype] = min(runs)
-    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+    def seconds(dtype: torch.dtype) -> float:
+        tokens, width, wide = 512, 576, 1536  # through a layer of a small model
+        shapes = ((wide, width), (tokens, width), (tokens, wide))
+        layer, hidden, gradient = (torch.ones(shape, dtype=dtype) for shape in shapes)
+        return min(timeit.repeat(lambda: (linear(hidden, layer), gradient @ layer), number=1, repeat=3))
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def warn_of_slow_bfloat16(option: str, instead: str) -> None:
-    """One warning, where the CPU emulates bfloat16, that says what it costs.
-
-    Args:
-        option: what asked for bfloat16.
-        instead: what to ask for instead.
-    """
+    """One warning, where the CPU emulates bfloat16, of what that costs, and what to ask for ``instead``."""
     if not cpu_has_bfloat16():
         rank_zero_warn(
             f"{option}: this CPU does not compute bfloat16 natively; products take "

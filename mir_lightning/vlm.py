@@ -3,13 +3,12 @@
 One rule serves all architectures; nothing here knows a model by name.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,15 +28,10 @@ _PIXEL_ARGUMENT = re.compile("pixel|image|patch|video|vision")
 
 
 class Decoder(NamedTuple):
-    """The text decoder of a model.
+    """The text decoder of a model."""
 
-    Attributes:
-        layers: its L blocks, in order.
-        norms: normalisation modules beside them; the one that runs after the last block is the final norm.
-    """
-
-    layers: nn.ModuleList
-    norms: tuple[nn.Module, ...]
+    layers: nn.ModuleList  # its L blocks, in order
+    norms: tuple[nn.Module, ...]  # beside them; the one that runs after the last block is the final norm
 
 
 class TokenMasks(NamedTuple):
@@ -60,9 +54,9 @@ def find_vlm(module: nn.Module, path: str | None = None) -> PreTrainedModel:
     """
     if path is not None:
         module = module_at(module, "model", path)
-    found = {model: name for name, model in _outermost_models(module)}
-    inside = {part for model in found for part in model.modules() if part is not model}
-    found = {model: name for model, name in found.items() if model not in inside}  # no second names of a part
+    outermost = list(_outermost_models(module))
+    inside = {part for _, model in outermost for part in model.modules() if part is not model}
+    found = {model: name for name, model in outermost if model not in inside}  # no second names of a part
     if not found:
         raise ValueError(
             f"{type(module).__name__} holds no Hugging Face model (transformers.PreTrainedModel). Of another "
@@ -156,56 +150,41 @@ def find_decoder(model: nn.Module, layers: str | None = None, norm: str | None =
         ValueError: for an encoder-decoder, for a decoder that sees images through cross-attention (its
             vision tokens never enter the sequence), or where no such list is found.
     """
+    decoder: Any = model
     if isinstance(model, PreTrainedModel):
-        _check_architecture(model)
+        decoder = _innermost_decoder(model)
+        reason = "is an encoder-decoder" if getattr(model.config, "is_encoder_decoder", False) else None
+        if any(cross in name for name, _ in decoder.named_modules() for cross in _CROSS_ATTENTION_NAMES):
+            reason = reason or "sees images through cross-attention"
+        if reason is not None:
+            raise ValueError(
+                f"{type(model).__name__} {reason}: its vision tokens never enter the decoder's sequence, so MIR "
+                "is not defined for it."
+            )
+    owner: nn.Module | None
+    found: nn.Module | None
     if layers is not None:
-        owner, found = _list_at(model, layers)
+        found = module_at(model, "layers", layers)
+        if not isinstance(found, nn.ModuleList) or not layers or not len(found):
+            raise ValueError(
+                f"layers={layers!r} must name the ModuleList of decoder layers, it is {type(found).__name__}."
+            )
+        owner = model.get_submodule(layers.rpartition(".")[0])
     else:
-        assert isinstance(model, PreTrainedModel)
-        owner, found = _layer_list(model)
-    if norm is not None:
-        return Decoder(found, (module_at(model, "norm", norm),))
-    norms = tuple(child for child in owner.children() if "norm" in type(child).__name__.lower())
-    return Decoder(found, norms)
+        depth = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
+        owner, found = shallowest_list(decoder, depth)
+        if owner is None or found is None:
+            raise ValueError(
+                f"no decoder layers found in {type(model).__name__}: looked for a ModuleList of {depth} "
+                f"(num_hidden_layers) inside {type(decoder).__name__}. Say where they are with "
+                'layers="path.to.the.ModuleList".'
+            )
+    beside = (child for child in owner.children() if "norm" in type(child).__name__.lower())
+    return Decoder(found, tuple(beside) if norm is None else (module_at(model, "norm", norm),))
 
 
-def _check_architecture(model: PreTrainedModel) -> None:
-    """A ``ValueError`` where vision tokens never enter the decoder's sequence."""
-    undefined = "its vision tokens never enter the decoder's sequence, so MIR is not defined for it."
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: {undefined}")
-    decoder = _innermost_decoder(model)
-    if any(cross in name for name, _ in decoder.named_modules() for cross in _CROSS_ATTENTION_NAMES):
-        raise ValueError(f"{type(model).__name__} sees images through cross-attention: {undefined}")
-
-
-def _list_at(model: nn.Module, path: str) -> tuple[nn.Module, nn.ModuleList]:
-    """The ``ModuleList`` at a dotted path, and the module that owns it."""
-    owner, _, name = path.rpartition(".")
-    found = module_at(model, "layers", path)
-    if not name or not isinstance(found, nn.ModuleList) or not len(found):
-        raise ValueError(
-            f"layers={path!r} must name the ModuleList of decoder layers, it is {type(found).__name__}."
-        )
-    return model.get_submodule(owner), found
-
-
-def _layer_list(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder's list of layers by the uniform rule, and the module that owns it."""
-    decoder = _innermost_decoder(model)
-    depth = getattr(decoder.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    owner, layers = shallowest_list(decoder, depth)
-    if layers is None or owner is None:
-        raise ValueError(
-            f"no decoder layers found in {type(model).__name__}: looked for a ModuleList of {depth} "
-            f"(num_hidden_layers) inside {type(decoder).__name__}. Say where they are with "
-            'layers="path.to.the.ModuleList".'
-        )
-    return owner, layers
-
-
-def _innermost_decoder(model: PreTrainedModel) -> PreTrainedModel:
-    seen: list[PreTrainedModel] = [model]
+def _innermost_decoder(model: Any) -> Any:
+    seen = [model]
     while hasattr(seen[-1], "get_decoder"):
         decoder = seen[-1].get_decoder()
         if decoder is None or any(decoder is module for module in seen):
@@ -218,8 +197,7 @@ def shallowest_list(root: nn.Module, length: int | None) -> tuple[nn.Module | No
     """The first ``ModuleList`` of ``length``, breadth-first, and the module that owns it."""
     queue = deque([root])
     while queue:
-        module = queue.popleft()
-        for child in module.children():
+        for child in (module := queue.popleft()).children():
             if isinstance(child, nn.ModuleList) and len(child) == length:
                 return module, child
             queue.append(child)
@@ -233,9 +211,9 @@ def vision_token_ids(config: PreTrainedConfig) -> set[int]:
         ValueError: if no config names one.
     """
     for current in _configs(config):
-        ids = {getattr(current, key, None) for key in _VISION_TOKEN_KEYS} - {None}
-        if ids:
-            return {int(i) for i in ids if i is not None}
+        ids = [getattr(current, key, None) for key in _VISION_TOKEN_KEYS]
+        if found := {int(i) for i in ids if i is not None}:
+            return found
     raise ValueError(
         f"no image token found: looked for {', '.join(_VISION_TOKEN_KEYS)} in {type(config).__name__} and "
         'its sub-configs. Give image_token_id, or each probe batch a "vision_mask" (bool [B, S]).'
@@ -306,7 +284,17 @@ def token_masks(
     valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     _check_mask("attention_mask", valid, input_ids)
     if vision is None:
-        vision = _default_vision_mask(config, batch, image_token_id)
+        if image_token_id is not None:
+            vision = vision_positions(input_ids, None, [image_token_id])
+        elif POSITION_MASK in batch:
+            vision = vision_positions(input_ids, batch[POSITION_MASK], ())
+        elif config is not None:
+            vision = vision_positions(input_ids, None, vision_token_ids(config))
+        else:
+            raise ValueError(
+                "the model has no Hugging Face config to find vision tokens with: give each probe batch a "
+                '"vision_mask" (bool [B, S]).'
+            )
     _check_mask("vision_mask", vision, input_ids)
     vision = vision & valid
     if chosen is None:
@@ -314,44 +302,24 @@ def token_masks(
         without_image = ~vision.any(dim=1, keepdim=True)
         chosen = after | without_image if text == "after_vision" else torch.ones_like(valid)
         if config is not None:
-            chosen = chosen & ~_is_one_of(input_ids, structural_token_ids(config))
+            marks = torch.tensor(
+                sorted(structural_token_ids(config)), dtype=input_ids.dtype, device=input_ids.device
+            )
+            chosen = chosen & ~torch.isin(input_ids, marks)
     _check_mask("text_mask", chosen, input_ids)
     return TokenMasks(vision, chosen & valid & ~vision)
-
-
-def _default_vision_mask(
-    config: PreTrainedConfig | None, batch: Mapping[str, Any], image_token_id: int | None
-) -> Tensor:
-    if image_token_id is not None:
-        return vision_positions(batch["input_ids"], None, [image_token_id])
-    if POSITION_MASK in batch:
-        return vision_positions(batch["input_ids"], batch[POSITION_MASK], ())
-    if config is None:
-        raise ValueError(
-            "the model has no Hugging Face config to find vision tokens with: give each probe batch a "
-            '"vision_mask" (bool [B, S]).'
-        )
-    return vision_positions(batch["input_ids"], None, vision_token_ids(config))
 
 
 def vision_positions(sequence: Tensor, told: Tensor | None, token_ids: Iterable[int]) -> Tensor:
     """Where a model puts vision tokens, bool ``[B, S]``; nothing is copied to the host or from it.
 
-    Args:
-        sequence: ``input_ids``, or what else is ``[B, S, ...]`` where ``token_ids`` is empty.
-        told: what the model is told of the positions, if it is; it wins.
-        token_ids: placeholders of vision tokens.
+    ``sequence`` is ``input_ids``, or ``[B, S, ...]`` without ``token_ids``, the placeholders of vision tokens.
+    What the model is ``told`` of the positions wins.
     """
     if told is not None:
         return told == 1  # kosmos-2.5 marks the begin and end of a picture with -1
-    mask = torch.zeros(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
-    for token_id in token_ids:
-        mask = mask | (sequence == token_id)
-    return mask
-
-
-def _is_one_of(input_ids: Tensor, ids: set[int]) -> Tensor:
-    return torch.isin(input_ids, torch.tensor(sorted(ids), dtype=input_ids.dtype, device=input_ids.device))
+    nowhere = torch.zeros(sequence.shape[:2], dtype=torch.bool, device=sequence.device)
+    return reduce(torch.logical_or, (sequence == token_id for token_id in token_ids), nowhere)
 
 
 def _check_mask(name: str, mask: Any, like: Tensor) -> None:

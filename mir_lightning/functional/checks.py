@@ -1,10 +1,10 @@
 """Checks of plain arguments, shared by every floor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
+
+from torch import Tensor
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -20,13 +20,17 @@ def check_at_least_one(**values: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
+def check_floating(name: str, value: object, shape: str = "") -> None:
+    """Raise a ``TypeError`` unless ``value`` is a floating point tensor, of the ``shape`` to name in the error."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating point tensor{shape}, got {given}.")
+
+
 def check_loaded(place: str | Path, found: Mapping[str, Iterable[Any]], parts: bool = False) -> None:
     """Raise a ``ValueError`` that names weights which a model did not find in its files, or could not place.
 
-    Args:
-        place: where the files lie.
-        found: Hugging Face's ``output_loading_info``.
-        parts: whether the files may hold more than the model.
+    ``found`` is Hugging Face's ``output_loading_info``; with ``parts`` the files may hold more than the model.
     """
     reasons = {"missing_keys": "missing", "mismatched_keys": "of another shape"}
     if not parts:

@@ -8,8 +8,6 @@ which holds at any rank, needs no complex arithmetic, cannot go negative, and ha
 float64, but for the Newton-Schulz iteration.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mir_lightning.functional.checks import check_choice
+from mir_lightning.functional.checks import check_choice, check_floating
 
 TraceMethod = Literal["auto", "exact", "newton_schulz"]
 
@@ -42,13 +40,12 @@ class Gaussian:
     def __init__(
         self, mean: Tensor, cov: Tensor | None = None, factor: Tensor | None = None, eps: float = _EPS
     ) -> None:
-        self.mean = mean
-        self.cov = cov
-        self._factor = factor
-        self._eps = eps
+        self.mean, self.cov, self._eps = mean, cov, eps
+        if factor is not None:
+            self.factor = factor
 
     @classmethod
-    def from_tokens(cls, tokens: Tensor) -> Gaussian:
+    def from_tokens(cls, tokens: Tensor) -> "Gaussian":
         """Fit to ``tokens`` ``[n, d]``, n >= 2; the covariance has the ``n - 1`` denominator.
 
         No more tokens than dimensions stay as they are: centred, they are the factor.
@@ -56,9 +53,7 @@ class Gaussian:
         tokens = tokens.double()
         mean = tokens.mean(dim=0)
         factor = (tokens - mean).T / (len(tokens) - 1) ** 0.5
-        if len(tokens) <= tokens.shape[1]:
-            return cls(mean, factor=factor)
-        return cls(mean, factor @ factor.T)
+        return cls(mean, factor=factor) if len(tokens) <= tokens.shape[1] else cls(mean, factor @ factor.T)
 
     @cached_property
     def cholesky(self) -> Tensor | None:
@@ -66,23 +61,18 @@ class Gaussian:
         if self.cov is None:
             return None
         triangle, info = torch.linalg.cholesky_ex(self.cov)
-        if info.any() or (triangle.diagonal().square() <= self._noise(1) * self.cov.diagonal()).any():
-            return None
-        return triangle
+        unsafe = info.any() or (triangle.diagonal().square() <= self._noise(1) * self.cov.diagonal()).any()
+        return None if unsafe else triangle
 
     @cached_property
     def factor(self) -> Tensor:
-        """``F`` ``[d, r]`` with ``cov = F Fᵀ``."""
-        if self._factor is not None:
-            return self._factor
-        return self._eigenvector_factor() if self.cholesky is None else self.cholesky
+        """``F`` ``[d, r]`` with ``cov = F Fᵀ``, without directions whose variance is rounding noise.
 
-    def _eigenvector_factor(self) -> Tensor:
-        """Without the directions whose variance is rounding noise, which a square root would magnify.
-
-        Entries of a covariance carry errors relative to their own size, so noise is told from signal after
-        scaling every dimension to unit variance.
+        A square root would magnify those. Entries of a covariance carry errors relative to their own size, so
+        noise is told from signal after scaling every dimension to unit variance.
         """
+        if self.cholesky is not None:
+            return self.cholesky
         assert self.cov is not None
         deviations = self.cov.diagonal().clamp(min=0).sqrt()
         unit = torch.where(deviations > 0, deviations, 1.0)
@@ -108,9 +98,7 @@ class Gaussian:
         gram = _small_gram(self.factor) if self.cov is None else self.cov
         eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0)
         total = eigenvalues.sum()
-        if total == 0:
-            return torch.zeros_like(total)
-        return torch.special.entr(eigenvalues / total).sum().exp()
+        return torch.zeros_like(total) if total == 0 else torch.special.entr(eigenvalues / total).sum().exp()
 
 
 def cross_trace(x: Gaussian, y: Gaussian) -> Tensor:
@@ -119,19 +107,21 @@ def cross_trace(x: Gaussian, y: Gaussian) -> Tensor:
         total = _trace_of_root(_triangular_congruence(x.cholesky, y.cov))
         if total is not None:
             return total
-    return _nuclear_norm(x.factor.T @ y.factor)
+    matrix = x.factor.T @ y.factor
+    if matrix.numel() == 0:
+        return matrix.new_zeros(())
+    total = _trace_of_root(_small_gram(matrix))
+    return torch.linalg.svdvals(matrix).sum() if total is None else total
 
 
 def _triangular_congruence(triangle: Tensor, cov: Tensor) -> Tensor:
     """Lower triangle of ``Lᵀ Y L`` for a lower triangular L; by blocks, without the zeros of L."""
     product, result = torch.empty_like(cov), torch.zeros_like(cov)
-    starts = range(0, len(cov), _BLOCK)
-    for start in starts:
-        block = slice(start, start + _BLOCK)
-        product[:, block] = cov[:, start:] @ triangle[start:, block]
-    for start in starts:
-        block = slice(start, start + _BLOCK)
-        result[block, : block.stop] = triangle[start:, block].T @ product[start:, : block.stop]
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(cov), _BLOCK)]
+    for block in blocks:
+        product[:, block] = cov[:, block.start :] @ triangle[block.start :, block]
+    for block in blocks:
+        result[block, : block.stop] = triangle[block.start :, block].T @ product[block.start :, : block.stop]
     return result
 
 
@@ -148,14 +138,6 @@ def _trace_of_root(gram: Tensor) -> Tensor | None:
     noisy = eigenvalues <= noise
     error = (noise / (2 * roots[~noisy])).square().sum().sqrt() + noisy.sum() * noise.sqrt()
     return roots.sum() if error <= _TRACE_TOLERANCE * roots.sum() else None
-
-
-def _nuclear_norm(matrix: Tensor) -> Tensor:
-    """Sum of singular values."""
-    if matrix.numel() == 0:
-        return matrix.new_zeros(())
-    total = _trace_of_root(_small_gram(matrix))
-    return torch.linalg.svdvals(matrix).sum() if total is None else total
 
 
 def _small_gram(matrix: Tensor) -> Tensor:
@@ -182,16 +164,10 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 
 class NewtonSchulzTrace(NamedTuple):
-    """What the iteration found.
+    """What the iteration found; tensors are float64 scalars."""
 
-    Attributes:
-        trace: ``Tr((X Y)^(1/2))``, float64 scalar; never above the exact value by more than float32 rounding.
-        error: bound of its relative error in exact arithmetic, float64 scalar.
-        steps: iterations taken.
-    """
-
-    trace: Tensor
-    error: Tensor
+    trace: Tensor  # Tr((X Y)^(1/2)), never above the exact value by more than float32 rounding
+    error: Tensor  # bound of its relative error in exact arithmetic
     steps: int
 
 
@@ -211,9 +187,6 @@ def newton_schulz_trace(cov_x: Tensor, cov_y: Tensor, tolerance: float = 1e-5) -
         cov_y: covariance ``[d, d]``.
         tolerance: relative error to stop at, between 1e-6 (float32) and 1.
 
-    Returns:
-        A :class:`NewtonSchulzTrace`.
-
     Raises:
         TypeError: if a covariance is not a floating point tensor.
         ValueError: for other shapes, non-finite values, or a tolerance out of range.
@@ -227,8 +200,7 @@ def newton_schulz_trace(cov_x: Tensor, cov_y: Tensor, tolerance: float = 1e-5) -
     _check_covariances(cov_x, cov_y)
     if not 1e-6 <= tolerance < 1:
         raise ValueError(f"tolerance must lie in 1e-6 .. 1, got {tolerance}.")
-    mean = cov_x.new_zeros(len(cov_x))
-    x, y = (Gaussian(mean, cov.double()) for cov in (cov_x, cov_y))
+    x, y = (Gaussian(cov[0], cov) for cov in (cov_x.double(), cov_y.double()))  # means do not matter
     matrix = x.factor.T @ y.factor
     if matrix.shape[0] < matrix.shape[1]:
         matrix = matrix.T
@@ -253,11 +225,8 @@ def frechet_gaps(x: Gaussian, y: Gaussian) -> tuple[Tensor, Tensor]:
 
     The covariance gap is a small difference of large traces: what rounding leaves below zero is set to zero.
     """
-    return (x.mean - y.mean).square().sum(), _cov_gap(x, y, cross_trace(x, y))
-
-
-def _cov_gap(x: Gaussian, y: Gaussian, cross: Tensor) -> Tensor:
-    return (x.total_variance + y.total_variance - 2 * cross).clamp(min=0)
+    cov_gap = x.total_variance + y.total_variance - 2 * cross_trace(x, y)
+    return (x.mean - y.mean).square().sum(), cov_gap.clamp(min=0)
 
 
 def trace_sqrt_product(cov_x: Tensor, cov_y: Tensor, method: TraceMethod = "auto") -> Tensor:
@@ -268,8 +237,8 @@ def trace_sqrt_product(cov_x: Tensor, cov_y: Tensor, method: TraceMethod = "auto
         cov_y: covariance ``[d, d]``.
         method: ``"exact"`` factors X in float64 and sums the roots of the eigenvalues of ``Fᵀ Y F`` (singular
             values of ``Fᵀ G`` where those would be inaccurate); ``"newton_schulz"`` iterates float32 matrix
-            products to 1e-5, see :func:`~mir_lightning.functional.frechet.newton_schulz_trace`; ``"auto"``
-            takes ``"exact"``, the faster one at every width measured so far (CPU, up to 4096).
+            products to 1e-5, see :func:`newton_schulz_trace`; ``"auto"`` takes ``"exact"``, the faster one at
+            every width measured so far (CPU, up to 4096).
 
     Returns:
         A float64 scalar.
@@ -287,8 +256,7 @@ def trace_sqrt_product(cov_x: Tensor, cov_y: Tensor, method: TraceMethod = "auto
     _check_covariances(cov_x, cov_y)
     if method == "newton_schulz":
         return newton_schulz_trace(cov_x, cov_y).trace
-    mean = cov_x.new_zeros(len(cov_x))
-    return cross_trace(Gaussian(mean, cov_x.double()), Gaussian(mean, cov_y.double()))
+    return cross_trace(*(Gaussian(cov[0], cov) for cov in (cov_x.double(), cov_y.double())))  # means do not matter
 
 
 def frechet_distance(
@@ -322,11 +290,11 @@ def frechet_distance(
     """
     cross = trace_sqrt_product(cov_x, cov_y, method)
     for name, mean in (("mean_x", mean_x), ("mean_y", mean_y)):
-        _check_floating(name, mean)
+        _check_finite(name, mean)
         if mean.shape != cov_x.shape[:1]:
             raise ValueError(f"{name} must have shape [{len(cov_x)}] to go with cov_x, got {list(mean.shape)}.")
-    x, y = Gaussian(mean_x.double(), cov_x.double()), Gaussian(mean_y.double(), cov_y.double())
-    return (x.mean - y.mean).square().sum() + _cov_gap(x, y, cross)
+    cov_gap = cov_x.double().trace() + cov_y.double().trace() - 2 * cross
+    return (mean_x.double() - mean_y.double()).square().sum() + cov_gap.clamp(min=0)
 
 
 class _CrossTrace(torch.autograd.Function):
@@ -357,10 +325,7 @@ class _CrossTrace(torch.autograd.Function):
 def token_frechet_distance(x: Tensor, y: Tensor) -> Tensor:
     """Squared Fréchet distance of the Gaussians fitted to tokens ``[n, d]`` and ``[m, d]``, n, m >= 2.
 
-    Back-propagates to the tokens, at any rank. Equal to what the covariances give (``n - 1`` denominators).
-
-    Returns:
-        A float64 scalar.
+    A float64 scalar that back-propagates to the tokens, at any rank, and equals what the covariances give.
     """
     x, y = x.double(), y.double()
     centred_x, centred_y = ((t - t.mean(dim=0)) / (len(t) - 1) ** 0.5 for t in (x, y))
@@ -369,10 +334,8 @@ def token_frechet_distance(x: Tensor, y: Tensor) -> Tensor:
     return (x.mean(dim=0) - y.mean(dim=0)).square().sum() + cov_gap.clamp(min=0)
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a floating point tensor, got {given}.")
+def _check_finite(name: str, tensor: Tensor) -> None:
+    check_floating(name, tensor)
     if not tensor.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or inf in it.")
 
@@ -381,7 +344,7 @@ def _check_covariances(cov_x: Tensor, cov_y: Tensor) -> None:
     if isinstance(cov_x, Tensor) and isinstance(cov_y, Tensor) and cov_x.device != cov_y.device:
         raise ValueError(f"cov_x and cov_y must be on one device, got {cov_x.device} and {cov_y.device}.")
     for name, cov in (("cov_x", cov_x), ("cov_y", cov_y)):
-        _check_floating(name, cov)
+        _check_finite(name, cov)
         if cov.ndim != 2 or cov.shape[0] != cov.shape[1] or len(cov) == 0:
             raise ValueError(f"{name} must be a square matrix [d, d], got shape {list(cov.shape)}.")
     if cov_x.shape != cov_y.shape:

@@ -4,15 +4,13 @@ Source: Huang et al., "Deciphering Cross-Modal Alignment in Large Vision-Languag
 Integration Rate" (arXiv 2410.07167), section 3, and its released ``mir.py``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mir_lightning.functional.checks import check_choice
+from mir_lightning.functional.checks import check_choice, check_floating
 from mir_lightning.functional.frechet import Gaussian, frechet_gaps, full_float32, token_frechet_distance
 
 Variant = Literal["paper", "robust", "official", "official-fast"]
@@ -28,29 +26,17 @@ _LEAST_SPREAD = 0.02
 
 
 class LayerDistance(NamedTuple):
-    """What one layer contributes to MIR; every field is a float64 scalar.
+    """What one layer contributes to MIR, in float64: scalars, or ``[2]`` of vision and text tokens."""
 
-    Attributes:
-        mean_gap: squared distance of the normalised means.
-        cov_gap: the rest of the Fréchet distance.
-        scale: the text-centric scale alpha, one over the mean norm of the text tokens.
-        effective_rank: of vision and text tokens, ``[2]``.
-        total_variance: of vision and text tokens after scaling, ``[2]``.
-        tokens: vision and text tokens seen, outliers included, ``[2]``.
-        outliers: vision and text tokens outside the outlier rule of the variant, ``[2]``.
-        robust: the Fréchet distance of variant ``"robust"``.
-        massive: vision and text tokens outside the robust rule, ``[2]``.
-    """
-
-    mean_gap: Tensor
-    cov_gap: Tensor
-    scale: Tensor
-    effective_rank: Tensor
-    total_variance: Tensor
-    tokens: Tensor
-    outliers: Tensor
-    robust: Tensor
-    massive: Tensor
+    mean_gap: Tensor  # squared distance of the normalised means
+    cov_gap: Tensor  # the rest of the Fréchet distance
+    scale: Tensor  # the text-centric scale alpha, one over the mean norm of the text tokens
+    effective_rank: Tensor  # [2]
+    total_variance: Tensor  # [2], after scaling
+    tokens: Tensor  # [2], numbers of tokens seen, outliers included
+    outliers: Tensor  # [2], how many of them are outside the outlier rule of the variant
+    robust: Tensor  # the Fréchet distance of variant "robust"
+    massive: Tensor  # [2], how many tokens are outside the robust rule
 
     @property
     def distance(self) -> Tensor:
@@ -61,21 +47,17 @@ class LayerDistance(NamedTuple):
 def check_tokens(vision: Tensor, text: Tensor, layer: int) -> None:
     """Raise a clear error unless both are floating point ``[n, d]`` tensors of one width on one device."""
     for modality, tokens in (("vision", vision), ("text", text)):
-        if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-            given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise TypeError(f"{modality} tokens of layer {layer} must be a floating point tensor, got {given}.")
+        check_floating(f"{modality} tokens of layer {layer}", tokens)
         if tokens.ndim != 2:
             raise ValueError(f"{modality} tokens of layer {layer} must be [n, d], got {list(tokens.shape)}.")
-    if vision.shape[1] != text.shape[1]:
-        raise ValueError(
-            f"vision and text tokens of layer {layer} must have one width, "
-            f"got {vision.shape[1]} and {text.shape[1]}."
-        )
-    if vision.device != text.device:
-        raise ValueError(
-            f"vision and text tokens of layer {layer} must be on one device, "
-            f"got {vision.device} and {text.device}."
-        )
+    for wanted, of_vision, of_text in (
+        ("have one width", vision.shape[1], text.shape[1]),
+        ("be on one device", vision.device, text.device),
+    ):
+        if of_vision != of_text:
+            raise ValueError(
+                f"vision and text tokens of layer {layer} must {wanted}, got {of_vision} and {of_text}."
+            )
 
 
 def norms_of(tokens: Tensor) -> Tensor:
@@ -93,17 +75,11 @@ def check_finite(modality: str, norms: Tensor, layer: int) -> None:
 
 
 class OutlierRules(NamedTuple):
-    """Which norms are outliers, by both rules: those further than a margin from the median.
+    """Which norms are outliers, by both rules: those further than a margin from the median."""
 
-    Attributes:
-        median: of all norms, the lower one, float64 scalar.
-        paper: margin of the MIR paper's rule, 3 sigma.
-        robust: margin of the same rule with a sigma that outliers cannot inflate.
-    """
-
-    median: Tensor
-    paper: Tensor
-    robust: Tensor
+    median: Tensor  # of all norms, the lower one
+    paper: Tensor  # margin of the MIR paper's rule, 3 sigma
+    robust: Tensor  # margin of the same rule with a sigma that outliers cannot inflate
 
     def offsets(self, norms: Tensor) -> Tensor:
         """Distances of ``norms`` ``[n]`` from the median."""
@@ -171,15 +147,9 @@ def layer_distance(
 ) -> LayerDistance:
     """Distance of unscaled Gaussians of vision and text after text-centric normalisation by ``scale``.
 
-    Scaling the tokens scales squared distances and variances by its square, and leaves ranks as they are.
-
-    Args:
-        own: of the tokens that the variant keeps.
-        robust: of those that the robust rule keeps; the same object where they are the same tokens.
-        scale: text-centric scale alpha.
-        tokens: numbers of vision and text tokens.
-        outliers: how many of them the variant does not keep.
-        massive: how many the robust rule does not keep.
+    Scaling the tokens scales squared distances and variances by its square, and leaves ranks as they are. ``own``
+    are of the tokens that the variant keeps, ``robust`` of those that the robust rule keeps: the same object where
+    they are the same tokens. The rest are fields of a :class:`LayerDistance`.
     """
     mean_gap, cov_gap = frechet_gaps(*own)
     distance = mean_gap + cov_gap if robust is own else torch.stack(frechet_gaps(*robust)).sum()
@@ -197,20 +167,12 @@ def layer_distance(
 
 
 class CleanTokens(NamedTuple):
-    """Tokens of one layer after the outlier rule, not yet scaled.
+    """Tokens of one layer after the outlier rule, not yet scaled."""
 
-    Attributes:
-        vision: ``[n_v, d]``.
-        text: ``[n_t, d]``.
-        scale: the text-centric scale alpha, float64 scalar.
-        tokens: numbers of vision and text tokens, outliers included.
-        outliers: numbers of vision and text outliers.
-    """
-
-    vision: Tensor
-    text: Tensor
-    scale: Tensor
-    tokens: list[int]
+    vision: Tensor  # [n_v, d]
+    text: Tensor  # [n_t, d]
+    scale: Tensor  # the text-centric scale alpha
+    tokens: list[int]  # numbers of vision and text tokens, outliers included
     outliers: list[int]
 
 
@@ -275,8 +237,7 @@ def _distance(clean: CleanTokens, variant: Variant, layer: int, differentiable: 
     with torch.no_grad():
         vision, text = (Gaussian.from_tokens(tokens) for tokens in (clean.vision, clean.text))
         if variant == "official-fast":
-            mean_gap = (vision.mean - text.mean).square().sum()
-            return mean_gap * clean.scale**2 + _five_step_cov_gap(clean, layer)
+            return (vision.mean - text.mean).square().sum() * clean.scale**2 + _five_step_cov_gap(clean, layer)
         return torch.stack(frechet_gaps(vision, text)).sum() * clean.scale**2
 
 

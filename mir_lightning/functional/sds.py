@@ -3,8 +3,6 @@
 Source: RADAR (arXiv 2602.12892) and its released evaluation code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mir_lightning.functional.checks import check_choice
+from mir_lightning.functional.checks import check_choice, check_floating
 
 Reduction = Literal["mean", "none"]
 
@@ -65,18 +63,12 @@ def candidate_matrix(scores: Sequence[Tensor]) -> Tensor:
     if not len(scores):
         raise ValueError("scores is empty: at least one item is needed.")
     for item, of_item in enumerate(scores):
-        _check_item(item, of_item)
+        check_floating(f"scores of item {item}", of_item, " [candidates]")
+        if of_item.ndim != 1 or len(of_item) < 2:
+            raise ValueError(
+                f"scores of item {item} must be [candidates] with at least 2 (the right answer and a distractor), "
+                f"got {list(of_item.shape)}."
+            )
+        if not of_item.isfinite().all():
+            raise ValueError(f"scores of item {item} hold NaN or inf: {of_item.tolist()}.")
     return pad_sequence([s.double() for s in scores], batch_first=True, padding_value=float("-inf"))
-
-
-def _check_item(item: int, scores: object) -> None:
-    if not isinstance(scores, Tensor) or not scores.is_floating_point():
-        given = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"scores of item {item} must be a floating point tensor [candidates], got {given}.")
-    if scores.ndim != 1 or len(scores) < 2:
-        raise ValueError(
-            f"scores of item {item} must be [candidates] with at least 2 (the right answer and a distractor), "
-            f"got {list(scores.shape)}."
-        )
-    if not scores.isfinite().all():
-        raise ValueError(f"scores of item {item} hold NaN or inf: {scores.tolist()}.")

@@ -1,9 +1,9 @@
-"""What our metrics share: states that stay float64 wherever they go, and axes to plot into."""
+"""What our metrics share: states that stay float64 wherever they go, and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 from torch.nn import Module
@@ -20,18 +20,37 @@ class PreciseMetric(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
+    ) -> tuple[Figure | None, Axes]:
+        """Draw everything seen, or the metric over time.
 
-def figure_and_axes(axes: Axes | None) -> tuple[Figure | None, Axes]:
-    """``None`` and the axes given, or a new pyplot figure and its axes.
+        Args:
+            val: a result of ``compute`` or ``forward``, or a sequence of them: the metric over time; ``None``:
+                the parts of everything seen (layers of MIR and their gaps; tasks of SDS and their chance levels).
+            ax: axes to draw into instead of a new figure.
 
-    Raises:
-        ModuleNotFoundError: without matplotlib; it names the extra.
-    """
-    if axes is not None:
-        return None, axes
-    try:
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plot needs matplotlib: pip install 'mir-lightning[recipes]'.") from error
-    figure = pyplot.figure()
-    return figure, figure.add_subplot()
+        Returns:
+            The figure (``None`` with ``ax``) and its axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib; it names the extra.
+        """
+        if val is not None:
+            return cast("tuple[Figure, Axes]", self._plot(val, ax))
+        figure = None
+        if ax is None:
+            try:
+                from matplotlib import pyplot
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    "plot needs matplotlib: pip install 'mir-lightning[recipes]'."
+                ) from error
+            figure = pyplot.figure()
+            ax = figure.add_subplot()
+        self._draw(ax)
+        ax.legend()
+        return figure, ax
+
+    def _draw(self, ax: Axes) -> None:
+        raise NotImplementedError

@@ -6,8 +6,6 @@ which an outlier rule may yet exclude. The others go into moments, one for each 
 keeps. That what was accumulated is of the class it was taken for is checked at the end.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -54,18 +52,17 @@ class AccumulatedOutlierError(ValueError):
 
 
 class Judged(NamedTuple):
-    """A cloud whose outliers are known: norms and classes of all its tokens, the held tokens and their classes."""
+    """A cloud whose outliers are known."""
 
-    norms: Tensor
-    classes: Tensor
-    rows: Tensor
+    norms: Tensor  # of all its tokens
+    classes: Tensor  # of all its tokens
+    rows: Tensor  # the held tokens
     row_classes: Tensor
 
     def excluded(self, rule: Rule) -> int:
         """Number of tokens that a rule does not keep."""
         return int((~kept_by(rule, self.classes)).sum())
 
-    @property
     def rules_differ(self) -> bool:
         """Whether the two rules keep different tokens."""
         return bool(((self.classes == PAPER_ONLY) | (self.classes == ROBUST_ONLY)).any())
@@ -73,45 +70,33 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Cloud:
-    """Tokens of one layer and modality, as states of a metric; the methods change the lists in place.
-
-    Attributes:
-        width: d of the tokens.
-        accumulator: dtype of the covariances.
-        rows: held tokens, ``[n, d]`` each.
-        norms: of the tokens that are not held, float64 ``[n]`` each.
-        classes: of the same tokens, uint8 ``[n]`` each.
-        moments: head and packed M2 of each class that some rule keeps; empty before the first token is
-        accumulated.
-    """
+    """Tokens of one layer and modality, as states of a metric; the methods change the lists in place."""
 
     width: int
-    accumulator: torch.dtype
-    rows: list[Tensor]
-    norms: list[Tensor]
-    classes: list[Tensor]
-    moments: list[Tensor]
+    accumulator: torch.dtype  # of the covariances
+    rows: list[Tensor]  # held tokens, [n, d] each
+    norms: list[Tensor]  # of the tokens that are not held, float64 [n] each
+    classes: list[Tensor]  # of the same tokens, uint8 [n] each
+    moments: list[Tensor]  # head and packed M2 of each class that some rule keeps, once a token is accumulated
 
     STATES = ("rows", "norms", "classes", "moments")
 
-    def device(self, default: torch.device) -> torch.device:
+    def device(self, default: str | torch.device = "cpu") -> str | torch.device:
         """Where the tokens were, or the ``default`` without any."""
         return next((t.device for state in (self.rows, self.norms, self.moments) for t in state), default)
 
     def held(self) -> Tensor:
         """All held tokens, ``[n, d]``."""
-        return torch.cat(self.rows) if self.rows else torch.zeros(0, self.width, device=self._home)
+        return torch.cat(self.rows) if self.rows else torch.zeros(0, self.width, device=self.device())
 
     def seen_norms(self) -> Tensor:
         """Norms of all tokens, ``[n]``, the held ones last."""
-        return torch.cat([self._accumulated(self.norms, torch.float64), norms_of(self.held())])
+        return torch.cat([self._accumulated()[0], norms_of(self.held())])
 
-    @property
-    def _home(self) -> torch.device:
-        return self.device(torch.device("cpu"))
-
-    def _accumulated(self, state: list[Tensor], dtype: torch.dtype) -> Tensor:
-        return torch.cat([torch.zeros(0, dtype=dtype, device=self._home), *state])
+    def _accumulated(self) -> tuple[Tensor, Tensor]:
+        """Norms and classes of the tokens that are not held."""
+        nothing = torch.zeros(0, device=self.device())
+        return torch.cat([nothing.double(), *self.norms]), torch.cat([nothing.byte(), *self.classes])
 
     def add(self, tokens: Tensor, norms: Tensor, known: OutlierRules | None) -> None:
         """Add tokens ``[n, d]`` with their norms; ``known`` are the final rules, in a second pass."""
@@ -195,8 +180,7 @@ class Cloud:
             ValueError: with fewer than two tokens.
             AccumulatedOutlierError: if some were accumulated as another class than they turn out to be of.
         """
-        known, filed = self._accumulated(self.norms, torch.float64), self._accumulated(self.classes, torch.uint8)
-        rows, norms = self.held(), self.seen_norms()
+        (known, filed), rows, norms = self._accumulated(), self.held(), self.seen_norms()
         check_count(modality, len(norms), layer)
         rules = judge(norms)
         if wrong := int((rules.classes(known) != filed).sum()):
@@ -210,8 +194,7 @@ class Cloud:
 
     def gaussian(self, judged: Judged, rule: Rule) -> Gaussian:
         """Of the tokens that a rule keeps."""
-        rows = judged.rows[kept_by(rule, judged.row_classes)]
-        parts = self._parts()
+        rows, parts = judged.rows[kept_by(rule, judged.row_classes)], self._parts()
         moments = reduce(_union, [parts[c] for c in KEPT[rule]])
         if moments is None:
             return Gaussian.from_tokens(rows)
@@ -224,7 +207,7 @@ class Cloud:
         self.rows.clear()
         self.moments.clear()
 
-    def merge(self, other: Cloud) -> None:
+    def merge(self, other: "Cloud") -> None:
         """Take in another stream's tokens; ``other`` does not change, and the two share no moments."""
         for state in ("rows", "norms", "classes"):
             getattr(self, state)[:0] = getattr(other, state)
@@ -239,15 +222,10 @@ class Cloud:
         rows = self.held()
         row_norms = norms_of(rows)
         known, filed, open_norms = (
-            torch.cat(gather(tensor, group=group))
-            for tensor in (
-                self._accumulated(self.norms, torch.float64),
-                self._accumulated(self.classes, torch.uint8),
-                row_norms,
-            )
+            torch.cat(gather(tensor, group=group)) for tensor in (*self._accumulated(), row_norms)
         )
         seen = torch.cat([known, open_norms])
-        classes, parts = filed, self._parts()
+        classes, parts = filed.new_zeros(len(seen)), self._parts()
         if len(seen) >= 2:
             rules = judge(seen)
             classes, row_classes = torch.cat([filed, rules.classes(open_norms)]), rules.classes(row_norms)
@@ -255,8 +233,6 @@ class Cloud:
                 if (classes == part).any():
                     own = parts[part] or no_moments(self.width, self.accumulator, seen.device)
                     parts[part] = all_reduce_moments(self._with(own, rows[row_classes == part]), group)
-        else:
-            classes = filed.new_zeros(len(seen))
         self.norms[:], self.classes[:] = [seen], [classes]
         self.rows.clear()
         self._keep(parts)

@@ -1,9 +1,8 @@
 """Modality Integration Rate as a streaming torchmetrics Metric, merged exactly across ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,12 +25,11 @@ from mir_lightning.functional.mir import (
     rule_of,
     text_scale,
 )
-from mir_lightning.metrics.base import PreciseMetric, figure_and_axes
+from mir_lightning.metrics.base import PreciseMetric
 from mir_lightning.metrics.cloud import AccumulatedOutlierError, Cloud, Gather
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["AccumulatedOutlierError", "ModalityIntegrationRate"]
 
@@ -107,16 +105,11 @@ class ModalityIntegrationRate(PreciseMetric):
         self.accumulator = accumulator
         self._distances: list[LayerDistance] | None = None
         self._final_rules: list[list[OutlierRules]] | None = None
+        self._keeps_tokens = variant.startswith("official")
         # Fewer where tokens are kept: a MetricCollection lets metrics of the same states share them.
-        self._states = Cloud.STATES[:1] if variant.startswith("official") else Cloud.STATES
-        for layer in range(num_layers):
-            for modality in _MODALITIES:
-                for state in self._states:
-                    self.add_state(f"{modality}_{layer}_{state}", default=[], dist_reduce_fx=None)
-
-    @property
-    def _keeps_tokens(self) -> bool:
-        return len(self._states) == 1
+        states = Cloud.STATES[:1] if self._keeps_tokens else Cloud.STATES
+        for layer, modality, state in product(range(num_layers), _MODALITIES, states):
+            self.add_state(f"{modality}_{layer}_{state}", default=[], dist_reduce_fx=None)
 
     def _clouds(self, layer: int, states: Mapping[str, Any] | None = None) -> list[Cloud]:
         """Vision and text tokens of a layer: their states in this metric, or in a copy of them."""
@@ -174,13 +167,11 @@ class ModalityIntegrationRate(PreciseMetric):
         return given, norms
 
     def _add(self, layer: int, given: list[Tensor], norms: list[Tensor]) -> None:
-        for place, (tokens, of_tokens, cloud) in enumerate(zip(given, norms, self._clouds(layer), strict=True)):
-            if not len(tokens):
-                continue
-            if self._keeps_tokens:
+        final = self._final_rules[layer] if self._final_rules else (None, None)
+        for tokens, of_tokens, cloud, rules in zip(given, norms, self._clouds(layer), final, strict=True):
+            if len(tokens) and self._keeps_tokens:
                 cloud.rows.append(tokens.clone())
-            else:
-                rules = None if self._final_rules is None else self._final_rules[layer][place]
+            elif len(tokens):
                 cloud.add(tokens, of_tokens, rules)
 
     def compute(self) -> Tensor:
@@ -223,7 +214,7 @@ class ModalityIntegrationRate(PreciseMetric):
             return vision, text
 
         kept = gaussians(own)
-        differ = own != "robust" and any(tokens.rules_differ for tokens in judged)
+        differ = own != "robust" and any(tokens.rules_differ() for tokens in judged)
         scale = text_scale(judged[1].norms, layer)
         counts = [len(tokens.norms) for tokens in judged]
         return layer_distance(kept, gaussians("robust") if differ else kept, scale, counts, outliers, massive)
@@ -289,30 +280,10 @@ class ModalityIntegrationRate(PreciseMetric):
                 else:
                     cloud.sync(dist_sync_fn, group)
 
-    def plot(
-        self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
-    ) -> tuple[Figure | None, Axes]:
-        """Draw the distances by layer, or MIR over time.
-
-        Args:
-            val: a result of :meth:`compute` or ``forward``, or a sequence of them: MIR over time. ``None``
-                draws the distances by layer of everything seen, split into their gaps.
-            ax: axes to draw into instead of a new figure.
-
-        Returns:
-            The figure (``None`` with ``ax``) and its axes.
-
-        Raises:
-            ModuleNotFoundError: without matplotlib.
-        """
-        if val is not None:
-            return cast("tuple[Figure, Axes]", self._plot(val, ax))
-        figure, ax = figure_and_axes(ax)
+    def _draw(self, ax: "Axes") -> None:
         layers = self.compute_breakdown()
         numbers = range(1, self.num_layers + 1)
         ax.plot(numbers, [layer.distance.item() for layer in layers], "o-", label="Fréchet distance")
         ax.plot(numbers, [layer.mean_gap.item() for layer in layers], "--", label="mean gap")
         ax.plot(numbers, [layer.cov_gap.item() for layer in layers], ":", label="covariance gap")
         ax.set(xlabel="decoder layer", ylabel="distance", title=f"MIR {self.compute().item():.3f}")
-        ax.legend()
-        return figure, ax

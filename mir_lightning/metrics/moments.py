@@ -1,7 +1,5 @@
 """Running mean and covariance that merge exactly (Chan, Golub and LeVeque, 1983)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,14 +13,11 @@ _BLOCK = 192
 class Moments(NamedTuple):
     """Count, mean and centred second moment M2 of tokens of width d.
 
-    Attributes:
-        head: ``[1 + d]``, float64: the count, then the mean.
-        second: M2 is symmetric; its lower block trapezoids, one after another: half of the matrix, about
-            ``d² / 2`` values of float64 or float32.
+    M2 is symmetric: its lower block trapezoids are kept, one after another, about ``d² / 2`` values.
     """
 
-    head: Tensor
-    second: Tensor
+    head: Tensor  # [1 + d], float64: the count, then the mean
+    second: Tensor  # float64 or float32
 
     @property
     def total(self) -> Tensor:

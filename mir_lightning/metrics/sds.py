@@ -1,38 +1,27 @@
 """Soft Discrimination Score by task and ability, as a torchmetrics Metric."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from mir_lightning.functional.sds import right_shares, soft_discrimination_score
-from mir_lightning.metrics.base import PreciseMetric, figure_and_axes
+from mir_lightning.metrics.base import PreciseMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _UNNAMED = "items"
 
 
 class Discrimination(NamedTuple):
-    """What is known of a task, an ability, or all items.
+    """What is known of a task, an ability, or all items."""
 
-    Attributes:
-        sds: Soft Discrimination Score.
-        accuracy: share of items whose right answer scores best.
-        chance: what both are for a model that cannot tell the candidates apart: one over their number, averaged
-            like them.
-        items: number of items.
-    """
-
-    sds: float
-    accuracy: float
-    chance: float
+    sds: float  # Soft Discrimination Score
+    accuracy: float  # share of items whose right answer scores best
+    chance: float  # what both are where candidates cannot be told apart: one over their number, averaged like them
     items: int
 
 
@@ -144,33 +133,13 @@ class SoftDiscriminationScore(PreciseMetric):
         super().merge_state(incoming_state)
         self._computed = None
 
-    def plot(
-        self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
-    ) -> tuple[Figure | None, Axes]:
-        """Draw the score of each task and ability against chance, or SDS over time.
-
-        Args:
-            val: a result of :meth:`compute` or ``forward``, or a sequence of them: SDS over time. ``None`` draws
-                a bar for all items and each ability and task seen, with its chance level as a line.
-            ax: axes to draw into instead of a new figure.
-
-        Returns:
-            The figure (``None`` with ``ax``) and its axes.
-
-        Raises:
-            ModuleNotFoundError: without matplotlib.
-        """
-        if val is not None:
-            return cast("tuple[Figure, Axes]", self._plot(val, ax))
-        figure, ax = figure_and_axes(ax)
+    def _draw(self, ax: "Axes") -> None:
         found = self.compute_breakdown()
         names = [name or "all" for name in found]
         ax.barh(names, [score.sds for score in found.values()], label="SDS")
         ax.plot([score.chance for score in found.values()], names, "k|", markersize=12, label="chance")
         ax.invert_yaxis()
         ax.set(xlabel="Soft Discrimination Score", xlim=(0, 1))
-        ax.legend()
-        return figure, ax
 
 
 def _branch(path: str, leaves: Mapping[str, Tensor]) -> dict[str, Discrimination]:

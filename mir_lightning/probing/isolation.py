@@ -1,7 +1,5 @@
 """Look into a live model without leaving a trace."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,44 +24,36 @@ def leave_no_trace(model: nn.Module) -> Iterator[None]:
     traced differently). ``no_grad`` and not ``inference_mode``, whose tensors a later training step may not use.
     Compiled modules run eagerly, because they ignore hooks added after compilation.
     """
-    training = {module: module.training for module in model.modules()}
-    kept = {module: (dict(vars(module)), dict(module._buffers)) for module in training}
-    small = [b for m in training for b in m._buffers.values() if b is not None and b.numel() <= _SMALL]
+    kept = {m: (dict(vars(m)), dict(m._buffers), list(m._forward_hooks)) for m in model.modules()}
+    small = [b for m in kept for b in m._buffers.values() if b is not None and b.numel() <= _SMALL]
     counters = [(b, b._version, b.detach().clone()) for b in small if not b.is_inference()]
-    hooks = {module: list(module._forward_hooks) for module in training}
-    marked = {module for module in training if _CAPTURING in vars(module)}
     error: BaseException | None = None
     with isolate_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
-            for module in training:
+            for module in kept:
                 module.training = False
             yield
         except BaseException as caught:  # isolate_rng restores only when left without an error
             error = caught
         finally:
-            for module, mode in training.items():
-                module.training = mode
-            newly_marked = [module for module in training if _CAPTURING in vars(module) and module not in marked]
-            for module, (attributes, buffers) in kept.items():
-                _restore(vars(module), attributes)
+            hooked = any(_CAPTURING in vars(m) and _CAPTURING not in before for m, (before, _, _) in kept.items())
+            for module, (attributes, buffers, hooks) in kept.items():
+                _restore(vars(module), attributes)  # training flags, too
                 _restore(module._buffers, buffers)
+                for hook in module._forward_hooks.keys() - hooks if hooked else ():
+                    del module._forward_hooks[hook]
             for buffer, version, before in counters:
                 if buffer._version != version:
                     buffer.copy_(before)
-            for module in training if newly_marked else ():
-                for hook in module._forward_hooks.keys() - hooks[module]:
-                    del module._forward_hooks[hook]
     if error is not None:
         raise error
 
 
 def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
     """Put tensors, plain values and containers back that were replaced, and take those away that came."""
-    changed = [
-        name for name, value in now.items() if isinstance(value, _PLAIN) and value is not before.get(name, _PLAIN)
-    ]
-    for name in changed:
-        if name in before:
-            now[name] = before[name]
-        else:
-            del now[name]
+    for name, value in list(now.items()):
+        if isinstance(value, _PLAIN) and value is not before.get(name, _PLAIN):
+            if name in before:
+                now[name] = before[name]
+            else:
+                del now[name]
