@@ -1,7 +1,8 @@
 """Files read and written on every floor, with errors that say where in a file something is wrong."""
 
 import json
-import math
+import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,28 @@ from torch import Tensor
 _PLAIN = {
     str: ("a text", lambda value: isinstance(value, str)),
     int: ("a whole number", lambda value: type(value) is int),
-    float: ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)),
+    float: ("a finite number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max),
 }
+
+
+def regular_file(path: str | Path) -> Path:
+    """The path of a regular file; a ``ValueError`` for a folder, or a pipe, which would be waited for forever."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError(f"{path} must be a regular file.")
+    return Path(path)
+
+
+def read_text(path: str | Path) -> str:
+    """A text file, UTF-8 with or without a byte order mark; a ``ValueError`` names one that is not."""
+    try:
+        return regular_file(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}.") from error
 
 
 def read_json(path: str | Path) -> Any:
     """The value in a JSON file, UTF-8 with or without a byte order mark; a ``ValueError`` names the file."""
-    return _value(Path(path).read_bytes(), str(path))
+    return _value(regular_file(path).read_bytes(), str(path))
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
@@ -26,7 +42,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
     Lines end at line feeds only: JSON texts may hold Unicode's other line separators as they are.
     """
-    with Path(path).open("rb") as file:
+    with regular_file(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, _value(line, f"{path}, line {number}")
@@ -35,7 +51,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 def _value(text: bytes, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}.") from error
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mir_lightning.files import check_json, read_json
+from mir_lightning.files import check_json, read_json, regular_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,7 +110,7 @@ def _curves(file: Path) -> dict[str, dict[int, float]]:
         rows = state["log_history"]
     else:
         try:
-            with file.open(newline="", encoding="utf-8-sig") as opened:
+            with regular_file(file).open(newline="", encoding="utf-8-sig") as opened:
                 rows = list(csv.DictReader(opened))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is no CSV file: {error}.") from error
@@ -136,7 +136,7 @@ def _of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str, dict[i
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

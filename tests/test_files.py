@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mir_lightning.files import check_json, read_json, read_json_lines, save_tensors
+from mir_lightning.files import check_json, read_json, read_json_lines, read_text, save_tensors
 
 
 def test_json_with_and_without_a_byte_order_mark(tmp_path):
@@ -17,13 +17,30 @@ def test_json_with_and_without_a_byte_order_mark(tmp_path):
 
 
 def test_errors_name_file_and_line(tmp_path):
-    for content in (b"{", b"\xff\xfe\xfd", b""):
+    for content in (b"{", b"\xff\xfe\xfd", b"", b"[" * 100_000):
         (tmp_path / "a.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.json is not JSON: "):
             read_json(tmp_path / "a.json")
     (tmp_path / "a.jsonl").write_text("1\n\n{\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 3 is not JSON: "):
         list(read_json_lines(tmp_path / "a.jsonl"))
+
+
+def test_a_text_of_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffé".encode())
+    assert read_text(tmp_path / "a.txt") == "é"
+    for encoding in ("utf-16", "latin-1"):
+        (tmp_path / "a.txt").write_text("é", encoding)
+        with pytest.raises(ValueError, match=r"a\.txt is not UTF-8: "):
+            read_text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("read", [read_text, read_json, lambda path: list(read_json_lines(path))])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make, read):
+    make(tmp_path / "a")
+    with pytest.raises(ValueError, match="a must be a regular file"):
+        read(tmp_path / "a")
 
 
 SCHEMA = {"name": str, "count": int, "share": float, "pairs": [[float, float]], "inner": {"texts": [str]}}
@@ -38,6 +55,7 @@ GOOD = {"name": "a", "count": 1, "share": 0, "pairs": [[1, 2.5]], "inner": {"tex
         ({"count": 1.0}, "f: count must be a whole number, got 1.0."),
         ({"count": True}, "f: count must be a whole number, got True."),
         ({"share": float("nan")}, "f: share must be a finite number, got nan."),
+        ({"share": 10**400}, "f: share must be a finite number, got 10{59}."),
         ({"share": "0.1"}, "f: share must be a finite number, got '0.1'."),
         ({"pairs": []}, r"f: pairs must be a list of one or more, got \[\]."),
         ({"pairs": {}}, "f: pairs must be a list of one or more, got {}."),

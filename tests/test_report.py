@@ -93,6 +93,11 @@ def test_what_is_no_run_is_named(tmp_path):
             '{"log_history": [{"step": [], "mir": 1}]}',
             r"row 1: the step must be a finite number, got \[\]",
         ),
+        (
+            "a.json",
+            f'{{"log_history": [{{"step": {10**400}}}]}}',
+            "row 1: the step must be a finite number, got 10+",
+        ),
         ("a.json", "{", "is not JSON"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -10,11 +11,14 @@ from typing import Any
 
 from mir_lightning.callbacks import figures
 from mir_lightning.cli.evaluate import evaluate_source, layer_bars
-from mir_lightning.cli.options import EvaluationOptions, option
+from mir_lightning.cli.options import EvaluationOptions, ProbeOptions, flags, option
 from mir_lightning.files import check_json, read_json
 from mir_lightning.report import literal, text_table
 
 _MUST_AGREE = {"source": "probe", "variant": "variant", "text": "text positions"}
+_OF_MODELS = {name for owner in (ProbeOptions, EvaluationOptions) for name in inspect.get_annotations(owner)} - {
+    *("json", "csv", "plot", "no_progress")
+}
 _NEEDED = {
     **dict.fromkeys(("model", "source", "variant", "text"), str),
     **dict.fromkeys(("mir", "mir_robust"), float),
@@ -36,12 +40,16 @@ class Compare(EvaluationOptions):
 
     def run(self) -> None:
         """Read or evaluate, write, print."""
+        if all(map(_is_result, self.sources)) and (ignored := flags(self.given & _OF_MODELS)):
+            raise ValueError(f"{ignored} cannot change results: there is no model to evaluate among the sources.")
         records = sorted(map(self._record, self.sources), key=lambda record: record["mir"])
         differences = []
         for key, name in _MUST_AGREE.items():
-            values = {str(record[key])[:12]: record["model"] for record in records}
+            values = {str(record[key]): record["model"] for record in records}
             if len(values) > 1:
-                differences.append(f"{name} {', '.join(f'{value} ({model})' for value, model in values.items())}")
+                differences.append(
+                    f"{name} {', '.join(f'{value[:12]} ({model})' for value, model in values.items())}"
+                )
         if differences and not self.allow_different:
             raise ValueError(
                 f"these results are not comparable: {'; '.join(differences)}. --allow-different shows them anyway."
@@ -62,13 +70,17 @@ class Compare(EvaluationOptions):
             print(f"not comparable: {difference}")
 
     def _record(self, source: str) -> dict[str, Any]:
-        if source.endswith(".json"):
+        if _is_result(source):
             record = read_json(source)
             check_json(f'{source} is no result of "mir-lightning eval --json"', record, _NEEDED)
         else:
             record = evaluate_source(source, self)
             gc.collect()  # the model is in reference cycles, and the next one may not fit beside it
         return record
+
+
+def _is_result(source: str) -> bool:
+    return source.lower().endswith(".json")
 
 
 def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:

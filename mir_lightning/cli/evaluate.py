@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mir_lightning.callbacks import figures
 from mir_lightning.cli.models import load_model, load_processor
-from mir_lightning.cli.options import AUTO_BATCH_SIZE, EvaluationOptions, ProbeOptions, option
+from mir_lightning.cli.options import AUTO_BATCH_SIZE, EvaluationOptions, ProbeOptions, flags, option
 from mir_lightning.cli.probe import choose_pairs, source_of
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
 from mir_lightning.probing.pairs import PairProbe
@@ -49,7 +49,7 @@ def evaluate_source(source: str, options: EvaluationOptions) -> dict[str, Any]:
     if options.probe is not None:
         probe, notes = Probe.load(options.probe)
         saved = set(inspect.get_annotations(ProbeOptions)) - ({"text"} - notes.keys())
-        if ignored := ", ".join(f"--{name.replace('_', '-')}" for name in sorted(options.given & saved)):
+        if ignored := flags(options.given & saved):
             raise ValueError(f"--probe {options.probe} is as it was saved, which {ignored} cannot change.")
         text: Any = notes.get("text", options.text)
         options = replace(options, text=text)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AUTO_BATCH_SIZE = 8  # at most
+_READ = ("model", "sources", "runs", "score", "data", "texts", "probe")
+_WRITTEN = ("output", "json", "csv", "plot", "html")
 
 
 def option(help: str, default: Any = None, **settings: Any) -> Any:
@@ -61,6 +63,22 @@ def output_file(value: str) -> Path:
     return path
 
 
+def share(value: str) -> float:
+    """An argument that is a part of a whole."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise ArgumentTypeError(f"must be a share in [0, 1), got {value!r}")
+    return number
+
+
+def flags(names: Iterable[str]) -> str:
+    """Options as they are typed."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+
+
 def picture_file(value: str) -> Path:
     """A file to draw into, of a format that matplotlib knows."""
     try:
@@ -79,6 +97,16 @@ class Command:
 
     debug: bool = option("show the traceback of a failure", False)
     given: frozenset[str] = frozenset()  # names of the arguments that were not left to their defaults
+
+    def __post_init__(self) -> None:
+        """A ``ValueError`` names a file to write that is read or written as another one as well."""
+        taken: dict[Path, str] = {}
+        for name in (*_READ, *_WRITTEN):
+            value = getattr(self, name, None) or []
+            for path in value if isinstance(value, list) else [value]:
+                other = taken.setdefault(Path(path).resolve(), name)
+                if name in _WRITTEN and other != name:
+                    raise ValueError(f"{name}: {path} is the file of {other} as well; it would be overwritten.")
 
 
 @dataclass(kw_only=True)
@@ -99,7 +127,9 @@ class ProbeOptions(Command):
         type=lambda prompt: prompt.replace(r"\n", "\n"),
     )
     text: TextPositions = option("which positions count as text", "after_vision")
-    max_unreadable: float = option("share of pairs whose images may be unreadable", 0.01, metavar="SHARE")
+    max_unreadable: float = option(
+        "share of pairs whose images may be unreadable", 0.01, type=share, metavar="SHARE"
+    )
     processor: str | None = option("folder or hub id of the processor, if it is not beside the model")
 
 
@@ -121,6 +151,12 @@ class EvaluationOptions(ProbeOptions):
     json: Path | None = option("write everything to this file", type=output_file)
     csv: Path | None = option("write the table to this file", type=output_file)
     plot: Path | None = option("draw the layers into this file (.png, .pdf, .svg)", type=picture_file)
+
+    def __post_init__(self) -> None:
+        """A ``ValueError`` if ``device_map`` would overrule ``device``."""
+        super().__post_init__()
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"--device {self.device} and --device-map {self.device_map} exclude each other.")
 
     def write(self, result: Any, table: Iterable[Iterable[Any]], figure: Callable[[], Figure]) -> None:
         """Write what ``--json``, ``--csv`` and ``--plot`` ask for."""

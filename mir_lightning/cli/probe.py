@@ -12,10 +12,10 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from mir_lightning.cli.models import base_of_adapter, load_processor
-from mir_lightning.cli.options import AUTO_BATCH_SIZE, ProbeOptions, option, output_file
+from mir_lightning.cli.options import AUTO_BATCH_SIZE, ProbeOptions, flags, option, output_file
 from mir_lightning.llava.data.prompts import IMAGE
 from mir_lightning.llava.data.records import image_path, read_records
-from mir_lightning.probing.pairs import Pair, PairProbe, read_pairs, readable_pairs
+from mir_lightning.probing.pairs import Pair, PairProbe, check_characters, read_pairs, readable_pairs
 
 
 @dataclass(kw_only=True)
@@ -40,9 +40,14 @@ def choose_pairs(options: ProbeOptions) -> list[Pair]:
     """The readable pairs; what cannot be read is named.
 
     Raises:
-        ValueError: if the options name no source or one with fewer than ``--num`` pairs, or more than
+        ValueError: if the options name no source, two, or one with fewer than ``--num`` pairs, or more than
             ``--max-unreadable`` of the pairs are unreadable.
     """
+    sources = {name for name in ("images", "texts", "data", "image_folder") if getattr(options, name) is not None}
+    if beside := sources - ({"data", "image_folder"} if options.data else {"images", "texts"}):
+        raise ValueError(
+            f"{flags(beside)}: --images goes with --texts, --image-folder with --data, and one of both."
+        )
     if options.data is not None:
         pairs = _pairs_of_records(options.data, options)
     elif options.images is None or options.texts is None:
@@ -68,6 +73,8 @@ def _pairs_of_records(data: Path, options: ProbeOptions) -> list[Pair]:
     if options.seed is not None:
         records = random.Random(options.seed).sample(records, options.num)
     folder = options.image_folder or data.parent
+    for record in records[: options.num]:
+        check_characters(record.place, "".join(record.turns))
     return [
         Pair(
             tuple(image_path(folder, image) for image in record.images),

@@ -44,7 +44,7 @@ class Report(Command):
 
 def _scores(score: str, runs: Sequence[report.Run]) -> Mapping[str, float]:
     """From a file, or the last values of a metric."""
-    if score.endswith(".json"):
+    if score.lower().endswith(".json"):
         scores = read_json(score)
         schema = dict.fromkeys(scores, float) if isinstance(scores, dict) else {}
         check_json(f"{score} must hold an object of run names and numbers", scores, schema)

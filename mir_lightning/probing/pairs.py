@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mir_lightning.files import read_json_lines
+from mir_lightning.files import read_json_lines, read_text
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.probing.images import read_image
 from mir_lightning.probing.probe import Batch, Probe, batch_digest, checked_batch
@@ -44,11 +45,11 @@ def read_pairs(images: Path, texts: Path, num: int, seed: int | None = None) -> 
         seed: draw images and texts at random with it; ``None`` takes the first.
 
     Raises:
-        ValueError: if a folder is none, holds too few, or a line is not as it should be.
+        ValueError: if a folder is none or holds too few, or if a file or a line is not as it should be.
     """
     check_at_least_one(num=num)
     chosen = _choose(_files(images, _IMAGE_SUFFIXES, "images"), num, seed, f"images: {images}")
-    sources = [texts] if texts.suffix == ".jsonl" else _files(texts, _TEXT_SUFFIXES, "texts")
+    sources = [texts] if texts.suffix.lower() == ".jsonl" else _files(texts, _TEXT_SUFFIXES, "texts")
     all_texts = [text for path in sources for text in _texts(path)]
     return [
         Pair((image,), (text,))
@@ -69,15 +70,22 @@ def _choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T
 
 
 def _texts(path: Path) -> list[str]:
-    if path.suffix != ".jsonl":
-        return [path.read_text("utf-8-sig").split("@highlight")[0].strip()]
+    if path.suffix.lower() != ".jsonl":
+        return [read_text(path).split("@highlight")[0].strip()]
     texts = []
     for number, value in read_json_lines(path):
         text = value.get("text") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise ValueError(f'{path}, line {number} must be a text or an object with a "text".')
+        check_characters(f"{path}, line {number}", text)
         texts.append(text.strip())
     return texts
+
+
+def check_characters(place: str, text: str) -> None:
+    r"""Raise a ``ValueError`` for half of a character (``"\ud800"`` in JSON), which no tokenizer takes."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{place} holds half of a character, the lone surrogate {half[0]!r}.")
 
 
 def readable_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
@@ -137,6 +145,10 @@ class PairProbe(Probe):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pairs = self.pairs[index]
+        token = str(getattr(self.processor, "image_token", None) or "")
+        for pair in pairs:
+            if token and any(token in turn for turn in pair.turns):
+                raise ValueError(f"the text beside {pair.images[0]} holds the image placeholder {token!r}.")
         images = [[read_image(path) for path in pair.images] for pair in pairs]
         made = self._from_prompt(pairs, images) if self.prompt else self._from_chat(pairs, images)
         batch = checked_batch(index, {**made})
@@ -149,9 +161,6 @@ class PairProbe(Probe):
         assert self.prompt is not None
         token = self._image_token()
         texts = ["\n".join(pair.turns) for pair in pairs]
-        for pair, text in zip(pairs, texts, strict=True):
-            if token in text:
-                raise ValueError(f"the text beside {pair.images[0]} holds the image placeholder {token!r}.")
         return self.processor(
             images=images
             if any(len(each) > 1 for each in images)

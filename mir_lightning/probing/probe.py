@@ -16,7 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mir_lightning.files import save_tensors
+from mir_lightning.files import regular_file, save_tensors
 
 Batch = Mapping[str, Any]
 ProbeLike = Union["Probe", Iterable[Batch], Callable[[], Union["Probe", Iterable[Batch]]]]
@@ -114,7 +114,7 @@ class Probe:
         """
         batches: dict[int, dict[str, Tensor]] = {}
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(regular_file(path), framework="pt") as file:
                 notes = file.metadata() or {}
                 if notes.get("format") == _FILE_FORMAT:
                     for name in file.keys():  # noqa: SIM118  (no mapping)

@@ -37,6 +37,10 @@ def test_what_is_not_comparable_is_refused(run, shared, results, tmp_path):
     assert done.status == 1
     assert "not comparable: variant " in done.err
     assert run("compare", results[0], results[2], "--allow-different", pairs=False).status == 0
+    probe = json.loads(results[0].read_text())["source"]
+    nearly = json.loads(results[1].read_text()) | {"source": probe[:12] + probe[12:][::-1]}
+    results[1].write_text(json.dumps(nearly))
+    assert f"not comparable: probe {probe[:12]} (" in run("compare", *results[:2], pairs=False).err
     other_probe = json.loads(results[1].read_text()) | {"source": "somewhere else"}
     results[1].write_text(json.dumps(other_probe))
     assert "not comparable: probe" in run("compare", *results[:2], pairs=False).err
@@ -51,6 +55,7 @@ def test_what_is_not_comparable_is_refused(run, shared, results, tmp_path):
         ({"layers": []}, "layers must be a list of one or more"),
         ({"model": None}, "model must be a text"),
         ({"mir": "low"}, "mir must be a finite number, got 'low'"),
+        ({"mir": 10**400}, "mir must be a finite number, got 1000"),
         ({"mir_robust": float("nan")}, "mir_robust must be a finite number, got nan"),
         ({"effective_rank": [[1.0]]}, "effective_rank[0] must be a list of 2"),
         ({"vision_tokens": "many"}, "vision_tokens must be a whole number"),
@@ -76,3 +81,11 @@ def test_names_are_shown_as_they_are(run, results, tmp_path, monkeypatch):
     shown = sorted(text._preprocess_math(text.get_text()) for text in texts)
     assert [math for _, math in shown] == [False, False]
     assert [text.split(" (MIR")[0] for text, _ in shown] == names
+
+
+def test_options_that_results_would_ignore_are_refused(run, shared, results):
+    done = run("compare", *results[:2], "--num", 3, "--device-map", "auto", "--no-progress", pairs=False)
+    assert done.status == 1
+    assert "--device-map, --num cannot change results: there is no model to evaluate" in done.err
+    assert run("compare", results[0], results[0].rename(results[0].with_suffix(".JSON")), pairs=False).status == 1
+    assert run("compare", results[1], results[0].with_suffix(".JSON"), pairs=False).status == 0

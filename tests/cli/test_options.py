@@ -49,6 +49,33 @@ def test_outputs_are_refused_before_the_work(run, shared, tmp_path, option, plac
     assert str(tmp_path / place) in message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "m", "--json", "a", "--csv", "./a"], "csv: a is the file of json as well"),
+        (["eval", "m", "--probe", "a", "--json", "a"], "json: a is the file of probe as well"),
+        (["compare", "a.json", "b.json", "--json", "b.json"], "json: b.json is the file of sources as well"),
+        (["probe", "m", "--data", "a.json", "-o", "a.json"], "output: a.json is the file of data as well"),
+        (["report", "a.csv", "--html", "a.csv"], "html: a.csv is the file of runs as well"),
+        (["eval", "m", "--device", "cpu", "--device-map", "auto"], "--device cpu and --device-map auto exclude"),
+        (["eval", "m", "--data", "a", "--images", "b", "--texts", "c"], "--images, --texts: --images goes with"),
+        (["eval", "m", "--images", "b", "--texts", "c", "--image-folder", "d"], "--image-folder: --images goes"),
+    ],
+)
+def test_what_excludes_each_other_is_refused_before_the_work(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 1
+    assert f"mir-lightning: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["-1", "nan", "1", "some"])
+def test_a_share_lies_in_0_to_1(run, tmp_path, share, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("eval", tmp_path / "no model", "--max-unreadable", share)
+    assert stop.value.code == 2
+    assert f"argument --max-unreadable: must be a share in [0, 1), got '{share}'" in capsys.readouterr().err
+
+
 def test_files_are_written_before_anything_is_printed(run, shared, tmp_path, monkeypatch):
     with Path(os.devnull).open() as not_writable:
         monkeypatch.setattr(sys, "stdout", not_writable)

@@ -88,3 +88,13 @@ def test_a_seed_draws_other_pairs(run, shared, tmp_path, seed):
         )
         sources.add(json.loads((tmp_path / "out.json").read_text())["source"])
     assert len(sources) == 2
+
+
+def test_half_a_character_in_data_is_named(run, shared, tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "\ud83d"}]
+    records = [{"image": f"{i}.png", "conversations": turns[: i + 1]} for i in (0, 1)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    source = ["--data", tmp_path / "data.json", "--image-folder", shared.root / "images"]
+    assert run("eval", shared.root / "model", *source, "--num", 1, pairs=False).status == 0
+    refused = run("eval", shared.root / "model", *source, "--num", 2, pairs=False)
+    assert f"{tmp_path / 'data.json'}, record 1 holds half of a character" in refused.err

@@ -60,6 +60,24 @@ def test_a_text_with_the_placeholder_is_refused(model, tiny_processor, pairs):
         PairProbe(tiny_processor, model.config, pairs, prompt="x")
 
 
+_CHAT = (
+    "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' else 'IMAGE' }}"
+    "{% endfor %}\n{% endfor %}"
+)
+
+
+def test_on_the_chat_route_as_well(model, tiny_processor, pairs, monkeypatch):
+    token = tiny_processor.image_token
+    monkeypatch.setattr(tiny_processor, "chat_template", _CHAT.replace("IMAGE", token))
+    asked = [Pair(pair.images, (*pair.turns, "An answer.")) for pair in pairs[:3]]
+    probe = PairProbe(tiny_processor, model.config, asked)
+    assert probe.prompt is None
+    assert probe[0]["text_mask"].any()
+    asked[1] = Pair(asked[1].images, ("A question.", f"Look: {token}"))
+    with pytest.raises(ValueError, match=rf"the text beside \S+/01\.png holds the image placeholder {token!r}"):
+        PairProbe(tiny_processor, model.config, asked)[0]
+
+
 def test_texts_of_all_kinds(tmp_path, pairs):
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -70,6 +88,19 @@ def test_texts_of_all_kinds(tmp_path, pairs):
     assert [pair.turns[0] for pair in found] == ["One.", "Two.", "Three.", "Four."]
     assert [pair.images[0].name for pair in found] == ["00.png", "01.png", "02.png", "03.png"]
     assert read_pairs(tmp_path, texts / "a.jsonl", 2)[1].turns == ("Two.",)
+    (tmp_path / "B.JSONL").write_text('"One."\n"Two."')
+    assert read_pairs(tmp_path, tmp_path / "B.JSONL", 2)[1].turns == ("Two.",)
+    (tmp_path / "B.JSONL").rename(texts / "B.JSONL")
+    assert read_pairs(tmp_path, texts, 2)[1].turns == ("Two.",)
+    (texts / "B.JSONL").write_text('"One."\n"half \\ud83d, whole \\ud83d\\ude00"')
+    with pytest.raises(
+        ValueError, match=r"B\.JSONL, line 2 holds half of a character, the lone surrogate '.ud83d'"
+    ):
+        read_pairs(tmp_path, texts, 1)
+    (texts / "B.JSONL").unlink()
+    (texts / "c.txt").write_text("Four.", "utf-16")
+    with pytest.raises(ValueError, match=r"c\.txt is not UTF-8"):
+        read_pairs(tmp_path, texts, 1)
     (texts / "a.jsonl").write_text('{"txt": "One."}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1 must be a text or an object with a"):
         read_pairs(tmp_path, texts, 1)
