@@ -70,7 +70,7 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
 
     Raises:
         torch.OutOfMemoryError: where running out of memory was the only trouble, so that all can try smaller.
-        RuntimeError: on a rank without trouble of its own, with the other's message.
+        RuntimeError: on a rank without trouble of its own, or only out of memory, with the other's message.
     """
     outcome = _FINE if error is None else _FAILED
     if isinstance(error, torch.OutOfMemoryError):
@@ -81,9 +81,12 @@ def raise_together(error: Exception | None, device: torch.device) -> None:
         return
     if worst == _OUT_OF_MEMORY:
         raise error or torch.OutOfMemoryError("another rank ran out of memory in the probe.")
+    own = error if outcome == _FAILED else None  # a rank out of memory must not try smaller alone
     causes: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(causes, None if error is None else str(error))
-    raise error or RuntimeError(next(f"on rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause))
+    dist.all_gather_object(causes, None if own is None else str(own))
+    raise own or RuntimeError(
+        next(f"on rank {rank}: {cause}" for rank, cause in enumerate(causes) if cause is not None)
+    )
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
