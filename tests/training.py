@@ -52,7 +52,7 @@ def fit(folder, callbacks=(), module=None, ckpt_path=None, **options):
         callbacks=list(callbacks),
         **options,
     )
-    trainer.fit(module, ckpt_path=ckpt_path)
+    trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
     return trainer, module
 
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from mir_lightning import MIRCallback, Probe, evaluate_mir
 from tests.distributed import run_on_ranks
 from tests.models import tiny_batch, tiny_llava
-from tests.training import Pretraining, strategy_of, trainer_of
+from tests.training import Pretraining, fit, strategy_of, trainer_of
 
 
 class Sharded(Pretraining):
@@ -178,21 +178,16 @@ class BuiltInTheProcess(Pretraining):
 
 def test_ddp_spawn(tmp_path):
     callback = MIRCallback(Probe(_batches(3)), every_n_steps=2, at_end=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer, _ = fit(
+        tmp_path,
+        [callback, _Out(tmp_path, callback)],
+        BuiltInTheProcess(),
         devices=2,
         strategy="ddp_spawn_find_unused_parameters_true",
-        callbacks=[callback, _Out(tmp_path, callback)],
         max_steps=2,
         logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
         use_distributed_sampler=False,
     )
-    pl.seed_everything(0, verbose=False)
-    trainer.fit(BuiltInTheProcess())
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     assert [step for step, _ in first] == [0, 2]

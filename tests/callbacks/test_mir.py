@@ -162,34 +162,13 @@ def test_resume_continues_the_curve(tmp_path, probe):
     saver = ModelCheckpoint(tmp_path, "half", every_n_train_steps=4, save_top_k=1)
     fit(tmp_path, [first, saver], max_steps=4, enable_checkpointing=True)
     resumed = MIRCallback(probe, every_n_steps=2)
-    pl.seed_everything(1, verbose=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=8,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[resumed],
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(Pretraining(seed=9), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
-    assert [point["step"] for point in resumed.history] == [point["step"] for point in whole.history]
+    steps = _resume(tmp_path, resumed, tmp_path / "half.ckpt")
+    assert steps == [point["step"] for point in whole.history]
     assert [p["mir"] for p in resumed.history[:3]] == [p["mir"] for p in whole.history[:3]]
 
 
 def _resume(folder, callback, checkpoint, max_steps=8):
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=max_steps,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[callback],
-        default_root_dir=folder,
-    )
-    trainer.fit(Pretraining(seed=9), ckpt_path=checkpoint, weights_only=True)
+    fit(folder, [callback], Pretraining(seed=9), checkpoint, max_steps=max_steps, logger=False)
     return [point["step"] for point in callback.history]
 
 

@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,26 +84,12 @@ def test_checkpoints_are_kept_by_the_score_and_a_resume_continues_the_curve(tmp_
         assert float(path.stem.split("sds=")[1]) == pytest.approx(by_step[step], abs=1e-6)
     other = ChoiceProbe(hard_items()[:3], build("llava")[1])
     for probe, outcome in (
-        (items, None),
+        (items, nullcontext()),
         (other, pytest.warns(UserWarning, match="points of the sds curve before")),
     ):
         resumed = SDSCallback(probe, every_n_steps=2)
-        module = Captioning()
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_steps=6,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            callbacks=[resumed],
-            default_root_dir=tmp_path,
-        )
-        if outcome is None:
-            trainer.fit(module, ckpt_path=path, weights_only=True)
-        else:
-            with outcome:
-                trainer.fit(module, ckpt_path=path, weights_only=True)
+        with outcome:
+            fit(tmp_path, [resumed], Captioning(), path, logger=False)
         assert [point["step"] for point in resumed.history] == [0, 2, 4, 6]
         assert resumed.history[:3] == callback.history
 
