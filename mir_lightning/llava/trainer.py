@@ -44,6 +44,12 @@ class RecipeTrainer(Trainer):
         if str(precision).startswith("bf16") and self.strategy.root_device.type == "cpu":
             warn_of_slow_bfloat16(f"trainer.precision={precision}", "trainer.precision=auto or 32-true")
 
+    def save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """Lightning's, after all rows logged so far: a run that goes on from a checkpoint lacks none before it."""
+        for logger in self.loggers:
+            logger.save()
+        super().save_checkpoint(*args, **options)
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint is written beside its place, then moved into it.
@@ -112,15 +118,10 @@ def between_steps(trainer: Trainer, batch_idx: int) -> bool:
 
 
 class BetweenSteps(ModelCheckpoint):
-    """Lightning's checkpoints, saved between optimizer steps only, and with all rows logged so far.
+    """Lightning's checkpoints, saved between optimizer steps only.
 
     After a resume Lightning would save in mid-accumulation where the step it began at is due.
     """
-
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        for logger in trainer.loggers:
-            logger.save()
-        super()._save_checkpoint(trainer, filepath)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Save if it is time."""
@@ -225,8 +226,6 @@ class Preemption(Callback):
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             self.stopped = trainer.should_stop = True
             place = finished_mark(trainer).with_name(f"{LAST}.ckpt")
-            for logger in trainer.loggers:
-                logger.save()
             trainer.save_checkpoint(place)
             for callback in probing_callbacks(trainer):
                 callback.at_end = False  # this is no end
