@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise a ``ValueError`` unless ``value`` is one of the strings of the ``Literal`` type ``choices``."""
+    """Raise a ``ValueError`` unless ``value`` is one of the values of the ``Literal`` type ``choices``."""
     if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(choices)))}, got {value!r}.")
 
 
 def check_at_least_one(**values: int) -> None:

@@ -8,7 +8,7 @@ which holds at any rank, needs no complex arithmetic, cannot go negative, and ha
 float64, but for the Newton-Schulz iteration.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from mir_lightning.functional.checks import check_choice, check_floating
 
 TraceMethod = Literal["auto", "exact", "newton_schulz"]
+RankOrder = Literal[1, 2]
 
 _EPS = torch.finfo(torch.float64).eps
 _TRACE_TOLERANCE = 1e-10
@@ -89,16 +90,29 @@ class Gaussian:
         """Trace of the covariance."""
         return self.factor.square().sum() if self.cov is None else self.cov.trace()
 
-    @property
-    def effective_rank(self) -> Tensor:
-        """``exp`` of the entropy of the normalised covariance eigenvalues (Roy and Vetterli, 2007).
+    @cached_property
+    def inverse(self) -> Tensor:
+        """``[r, d]``, (pseudo-)inverse of the factor: takes a centred token to coordinates of unit variance."""
+        if self.cholesky is not None:
+            return torch.linalg.solve_triangular(
+                self.cholesky, torch.eye(len(self.mean)).to(self.mean), upper=False
+            )
+        return torch.linalg.pinv(self.factor)
 
-        Between 1 (all variance in one direction) and the rank of the covariance. 0 where nothing varies.
+    def effective_rank(self, order: RankOrder = 2) -> Tensor:
+        """``exp`` of the Rényi entropy of the normalised covariance eigenvalues.
+
+        Between 1 (all variance in one direction) and the rank of the covariance; 0 where nothing varies. Order 2
+        is the participation ratio ``Tr(S)² / ‖S‖²`` and needs no eigenvalues; order 1 is that of Roy and Vetterli
+        (2007), also known as RankMe.
         """
         gram = _small_gram(self.factor) if self.cov is None else self.cov
+        if (total := gram.trace()) <= 0:
+            return torch.zeros_like(total)
+        if order == 2:
+            return total.square() / gram.square().sum()
         eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0)
-        total = eigenvalues.sum()
-        return torch.zeros_like(total) if total == 0 else torch.special.entr(eigenvalues / total).sum().exp()
+        return torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp()
 
 
 def cross_trace(x: Gaussian, y: Gaussian) -> Tensor:
@@ -220,13 +234,17 @@ def newton_schulz_trace(cov_x: Tensor, cov_y: Tensor, tolerance: float = 1e-5) -
     return NewtonSchulzTrace(trace, error, steps)
 
 
-def frechet_gaps(x: Gaussian, y: Gaussian) -> tuple[Tensor, Tensor]:
-    """Split the Fréchet distance into ``(mean gap, covariance gap)``; they add up to it.
+def frechet_gaps(
+    x: Gaussian, y: Gaussian, scales: Sequence[Tensor | float] = (1.0, 1.0), cross: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Split the Fréchet distance of ``scales[0] x`` and ``scales[1] y`` into ``(mean gap, covariance gap)``.
 
-    The covariance gap is a small difference of large traces: what rounding leaves below zero is set to zero.
+    They add up to it. ``cross`` is :func:`cross_trace` of the two, if known. The covariance gap is a small
+    difference of large traces: what rounding leaves below zero is set to zero.
     """
-    cov_gap = x.total_variance + y.total_variance - 2 * cross_trace(x, y)
-    return (x.mean - y.mean).square().sum(), cov_gap.clamp(min=0)
+    (a, b), cross = scales, cross_trace(x, y) if cross is None else cross
+    cov_gap = a**2 * x.total_variance + b**2 * y.total_variance - 2 * a * b * cross
+    return (a * x.mean - b * y.mean).square().sum(), cov_gap.clamp(min=0)
 
 
 def trace_sqrt_product(cov_x: Tensor, cov_y: Tensor, method: TraceMethod = "auto") -> Tensor:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from mir_lightning.functional.checks import check_choice, check_floating
-from mir_lightning.functional.frechet import Gaussian, frechet_gaps, full_float32, token_frechet_distance
+from mir_lightning.functional.frechet import (
+    Gaussian,
+    RankOrder,
+    cross_trace,
+    frechet_gaps,
+    full_float32,
+    token_frechet_distance,
+)
 
 Variant = Literal["paper", "robust", "official", "official-fast"]
 Rule = Literal["paper", "robust"]
@@ -31,6 +38,8 @@ class LayerDistance(NamedTuple):
     mean_gap: Tensor  # squared distance of the normalised means
     cov_gap: Tensor  # the rest of the Fréchet distance
     scale: Tensor  # the text-centric scale alpha, one over the mean norm of the text tokens
+    norm_ratio: Tensor  # mean norm of the vision tokens over that of the text tokens, outliers included
+    equal_norm: Tensor  # the Fréchet distance with each modality scaled to mean norm 1: the gap but for loudness
     effective_rank: Tensor  # [2]
     total_variance: Tensor  # [2], after scaling
     tokens: Tensor  # [2], numbers of tokens seen, outliers included
@@ -120,12 +129,11 @@ def rule_of(variant: Variant) -> Rule:
     return "robust" if variant == "robust" else "paper"
 
 
-def text_scale(text_norms: Tensor, layer: int) -> Tensor:
-    """Text-centric scale alpha: one over the mean norm of all text tokens, outliers included."""
-    mean_norm = text_norms.mean()
-    if mean_norm == 0:
+def mean_norms(vision_norms: Tensor, text_norms: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Mean norms of a layer's tokens, outliers included; one over the text's is the text-centric scale alpha."""
+    if (text := text_norms.mean()) == 0:
         raise ValueError(f"text tokens of layer {layer} are all zero: no scale can be taken from them.")
-    return mean_norm.reciprocal()
+    return vision_norms.mean(), text
 
 
 def check_count(modality: str, count: int, layer: int) -> None:
@@ -140,28 +148,33 @@ def check_count(modality: str, count: int, layer: int) -> None:
 def layer_distance(
     own: tuple[Gaussian, Gaussian],
     robust: tuple[Gaussian, Gaussian],
-    scale: Tensor,
+    norms: tuple[Tensor, Tensor],
     tokens: Sequence[int],
     outliers: Sequence[int],
     massive: Sequence[int],
+    rank_order: RankOrder = 2,
 ) -> LayerDistance:
-    """Distance of unscaled Gaussians of vision and text after text-centric normalisation by ``scale``.
+    """Distance of unscaled Gaussians of vision and text after text-centric normalisation.
 
-    Scaling the tokens scales squared distances and variances by its square, and leaves ranks as they are. ``own``
-    are of the tokens that the variant keeps, ``robust`` of those that the robust rule keeps: the same object where
-    they are the same tokens. The rest are fields of a :class:`LayerDistance`.
+    ``own`` are of the tokens that the variant keeps, ``robust`` of those that the robust rule keeps: the same
+    object where they are the same tokens. ``norms`` are :func:`mean_norms`; the rest is for the
+    :class:`LayerDistance`.
     """
-    mean_gap, cov_gap = frechet_gaps(*own)
-    distance = mean_gap + cov_gap if robust is own else torch.stack(frechet_gaps(*robust)).sum()
+    scale, ratio, cross = norms[1].reciprocal(), norms[0] / norms[1], cross_trace(*own)
+    mean_gap, cov_gap = frechet_gaps(*own, (scale, scale), cross)
+    distance = mean_gap + cov_gap if robust is own else torch.stack(frechet_gaps(*robust, (scale, scale))).sum()
+    alike = (torch.where(ratio > 0, scale / ratio, 0.0), scale)
     return LayerDistance(
-        mean_gap * scale**2,
-        cov_gap * scale**2,
+        mean_gap,
+        cov_gap,
         scale,
-        torch.stack([gaussian.effective_rank for gaussian in own]),
+        ratio,
+        torch.stack(frechet_gaps(*own, alike, cross)).sum(),
+        torch.stack([gaussian.effective_rank(rank_order) for gaussian in own]),
         torch.stack([gaussian.total_variance for gaussian in own]) * scale**2,
         torch.tensor(tokens, dtype=torch.float64),
         torch.tensor(outliers, dtype=torch.float64),
-        distance * scale**2,
+        distance,
         torch.tensor(massive, dtype=torch.float64),
     )
 
@@ -171,6 +184,7 @@ class CleanTokens(NamedTuple):
 
     vision: Tensor  # [n_v, d]
     text: Tensor  # [n_t, d]
+    norms: tuple[Tensor, Tensor]  # mean norms, outliers included
     scale: Tensor  # the text-centric scale alpha
     tokens: list[int]  # numbers of vision and text tokens, outliers included
     outliers: list[int]
@@ -193,16 +207,20 @@ def clean_tokens(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> 
         else:
             cleaned.append(tokens[kept])
             check_count(modality, len(cleaned[-1]), layer)
-    return CleanTokens(cleaned[0], cleaned[1], text_scale(norms[1], layer), [len(n) for n in norms], outliers)
+    means = mean_norms(norms[0], norms[1], layer)
+    return CleanTokens(cleaned[0], cleaned[1], means, means[1].reciprocal(), [len(n) for n in norms], outliers)
 
 
-def official_layer_distance(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> LayerDistance:
+def official_layer_distance(
+    vision: Tensor, text: Tensor, variant: Variant, layer: int, rank_order: RankOrder = 2
+) -> LayerDistance:
     """Distance of one layer's tokens ``[n_v, d]``, ``[n_t, d]`` by an official variant; it needs all of them."""
     clean, robust = (clean_tokens(vision, text, kind, layer) for kind in (variant, "robust"))
     own, others = (
         (Gaussian.from_tokens(tokens.vision), Gaussian.from_tokens(tokens.text)) for tokens in (clean, robust)
     )
-    result = layer_distance(own, others, clean.scale, clean.tokens, clean.outliers, robust.outliers)
+    counts = clean.tokens, clean.outliers, robust.outliers
+    result = layer_distance(own, others, clean.norms, *counts, rank_order)
     return result._replace(cov_gap=_five_step_cov_gap(clean, layer)) if variant == "official-fast" else result
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mir_lightning.functional.checks import check_at_least_one, check_choice
-from mir_lightning.functional.frechet import Gaussian
+from mir_lightning.functional.frechet import Gaussian, RankOrder
+from mir_lightning.functional.influence import LayerInfluence
 from mir_lightning.functional.mir import (
     LayerDistance,
     OutlierRules,
@@ -20,10 +21,10 @@ from mir_lightning.functional.mir import (
     check_tokens,
     judge,
     layer_distance,
+    mean_norms,
     norms_of,
     official_layer_distance,
     rule_of,
-    text_scale,
 )
 from mir_lightning.metrics.base import PreciseMetric
 from mir_lightning.metrics.cloud import AccumulatedOutlierError, Cloud, Gather
@@ -62,6 +63,8 @@ class ModalityIntegrationRate(PreciseMetric):
         accumulator: dtype that covariances are stored in: ``torch.float64``, or ``torch.float32`` for half the
             memory. Products are float64 all the same; the rounding in between changes MIR by less than 1e-6
             (1e-5 where covariances are singular).
+        rank_order: order of the effective ranks in the breakdown: 2, the participation ratio, which is free, or 1,
+            the entropy of the eigenvalues, which takes a decomposition each.
         kwargs: as every torchmetrics Metric takes them.
 
     Raises:
@@ -92,6 +95,7 @@ class ModalityIntegrationRate(PreciseMetric):
         hidden_size: int,
         variant: Variant = "paper",
         accumulator: torch.dtype = torch.float64,
+        rank_order: RankOrder = 2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -102,7 +106,9 @@ class ModalityIntegrationRate(PreciseMetric):
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.variant = variant
+        check_choice("rank_order", rank_order, RankOrder)
         self.accumulator = accumulator
+        self.rank_order = rank_order
         self._distances: list[LayerDistance] | None = None
         self._final_rules: list[list[OutlierRules]] | None = None
         self._keeps_tokens = variant.startswith("official")
@@ -198,11 +204,31 @@ class ModalityIntegrationRate(PreciseMetric):
         assert self._distances is not None
         return self._distances
 
+    def compute_influences(self) -> list[LayerInfluence]:
+        """What a token adds to each layer's distance; for a second pass over the same tokens.
+
+        Raises:
+            ValueError: for the official variants, which replace tokens; otherwise as :meth:`compute`.
+        """
+        if self._keeps_tokens:
+            raise ValueError(f'variant {self.variant!r} has no influence function: use "paper" or "robust".')
+        rule, influences = rule_of(self.variant), []
+        with self.sync_context(should_sync=self._to_sync):
+            for layer in range(self.num_layers):
+                clouds = self._clouds(layer)
+                judged = [
+                    cloud.judged(modality, layer) for cloud, modality in zip(clouds, _MODALITIES, strict=True)
+                ]
+                vision, text = (c.gaussian(tokens, rule) for c, tokens in zip(clouds, judged, strict=True))
+                norms = judged[0].norms, judged[1].norms
+                influences.append(LayerInfluence((vision, text), norms, rule, layer))
+        return influences
+
     def _layer_distance(self, layer: int) -> LayerDistance:
         clouds = self._clouds(layer)
         if self._keeps_tokens:
             vision, text = (cloud.held() for cloud in clouds)
-            return official_layer_distance(vision, text, self.variant, layer)
+            return official_layer_distance(vision, text, self.variant, layer, self.rank_order)
         judged = [cloud.judged(modality, layer) for cloud, modality in zip(clouds, _MODALITIES, strict=True)]
         own = rule_of(self.variant)
         outliers, massive = ([tokens.excluded(rule) for tokens in judged] for rule in (own, "robust"))
@@ -214,10 +240,10 @@ class ModalityIntegrationRate(PreciseMetric):
             return vision, text
 
         kept = gaussians(own)
+        norms = mean_norms(judged[0].norms, judged[1].norms, layer)
         differ = own != "robust" and any(tokens.rules_differ() for tokens in judged)
-        scale = text_scale(judged[1].norms, layer)
-        counts = [len(tokens.norms) for tokens in judged]
-        return layer_distance(kept, gaussians("robust") if differ else kept, scale, counts, outliers, massive)
+        counts = [len(tokens.norms) for tokens in judged], outliers, massive
+        return layer_distance(kept, gaussians("robust") if differ else kept, norms, *counts, self.rank_order)
 
     def start_second_pass(self) -> None:
         """Keep the norms, forget the tokens, and expect the same updates again (on every rank).

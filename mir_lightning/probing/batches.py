@@ -40,6 +40,16 @@ class MaskedBatches:
     def __len__(self) -> int:
         return len(self._parts)
 
+    @property
+    def samples(self) -> int:
+        """Number of samples in all."""
+        return sum(len(mask.vision) for mask in self.masks)
+
+    def first_sample(self, index: int) -> int:
+        """Number of a part's first sample, counted from 0 over the whole probe."""
+        batch_index, samples = self._parts[index]
+        return sum(len(mask.vision) for mask in self.masks[:batch_index]) + samples.start
+
     def __getitem__(self, index: int) -> tuple[Batch, TokenMasks]:
         """One part; a ``torch.OutOfMemoryError`` if its batch cannot be cut."""
         batch_index, samples = self._parts[index]

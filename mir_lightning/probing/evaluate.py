@@ -6,13 +6,15 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mir_lightning.functional.checks import check_choice
-from mir_lightning.functional.mir import Variant
+from mir_lightning.functional.frechet import RankOrder
+from mir_lightning.functional.influence import standard_error
+from mir_lightning.functional.mir import LayerDistance, Rule, Variant
 from mir_lightning.metrics.mir import AccumulatedOutlierError, ModalityIntegrationRate
 from mir_lightning.probing.batches import MaskedBatches
 from mir_lightning.probing.isolation import leave_no_trace
@@ -45,7 +47,9 @@ class MIRResult:
         mean_gap: squared distance of the means by layer, ``[L]``.
         cov_gap: ``layers - mean_gap``, ``[L]``.
         scale: text-centric scale alpha by layer, ``[L]``.
-        effective_rank: of vision and text tokens, ``[L, 2]``. A low MIR with a low vision rank is collapse.
+        norm_ratio: mean norm of the vision tokens over that of the text tokens by layer, ``[L]``.
+        mir_equal_norm: MIR of clouds that are each scaled to mean norm 1: the gap without its loudness.
+        effective_rank: of vision and text tokens, ``[L, 2]``: how many directions they fill; see ``rank_order``.
         total_variance: of the normalised vision and text tokens, ``[L, 2]``.
         outliers: vision and text tokens outside the outlier rule of the variant, ``[L, 2]``.
         mir_robust: MIR by the robust outlier rule, which many massive tokens cannot mask, whatever the variant.
@@ -62,6 +66,10 @@ class MIRResult:
         sample: some hundred vision and text tokens of one layer, float32 ``[n, d]`` each, to look at.
         sample_layer: that layer, counted from 1.
         checked: whether the vision mask was found right by the self-check.
+        rank_order: as given.
+        influence: what each sample of the probe adds to ``mir``, ``[N]``; ``None`` without ``interval``. See
+            :func:`~mir_lightning.functional.mir_influence`.
+        standard_error: of ``mir`` over redrawn samples, from the influences.
     """
 
     mir: float
@@ -69,6 +77,8 @@ class MIRResult:
     mean_gap: Tensor
     cov_gap: Tensor
     scale: Tensor
+    norm_ratio: Tensor
+    mir_equal_norm: float
     effective_rank: Tensor
     total_variance: Tensor
     outliers: Tensor
@@ -86,6 +96,9 @@ class MIRResult:
     sample: tuple[Tensor, Tensor]
     sample_layer: int
     checked: bool
+    rank_order: RankOrder
+    influence: Tensor | None
+    standard_error: float | None
 
 
 def evaluate_mir(
@@ -103,6 +116,8 @@ def evaluate_mir(
     image_token_id: int | None = None,
     check: bool = False,
     progress: str | None = None,
+    interval: bool = False,
+    rank_order: RankOrder = 2,
 ) -> MIRResult:
     """Modality Integration Rate of a model on a probe.
 
@@ -135,6 +150,10 @@ def evaluate_mir(
         check: first run one batch twice, with other pixels the second time, and see that what moves at the
             decoder's first layer lies inside the vision mask. Warns where nothing moves.
         progress: title of a bar of the batches; none without.
+        interval: also give what each sample adds to MIR, and the standard error: one more pass over the probe, and
+            memory for two float64 matrices ``[d, d]`` a layer. For ``"paper"`` and ``"robust"``.
+        rank_order: of the effective ranks: 2, the participation ratio, which is free, or 1, the entropy of the
+            eigenvalues, which takes a decomposition for each layer and modality.
 
     Returns:
         A :class:`MIRResult`.
@@ -147,6 +166,9 @@ def evaluate_mir(
     """
     start = time.perf_counter()
     check_choice("variant", variant, Variant)
+    check_choice("rank_order", rank_order, RankOrder)
+    if interval and variant not in get_args(Rule):
+        raise ValueError(f'interval needs variant "paper" or "robust", got {variant!r}, which replaces tokens.')
     if check and hidden_states is not None:
         raise ValueError("check works with Hugging Face models only: pass check=False along with hidden_states.")
     network, probe = Network(model, forward, layers, norm, image_token_id, hidden_states), Probe.of(probe)
@@ -158,21 +180,32 @@ def evaluate_mir(
             lambda batches: _mask_is_right(network, batches, distributed), whole, MaskedBatches.halved
         )
         reading = fit_into_memory(
-            lambda batches: _Reading(network, variant, sample_layer, distributed, progress).of(batches),
+            lambda batches: _Reading(network, variant, rank_order, sample_layer, distributed, progress).of(
+                batches
+            ),
             whole,
             MaskedBatches.halved,
         )
         breakdown, loss = reading.metric.compute_breakdown(), reading.loss()
+        influence = None
+        if interval:
+            influence = fit_into_memory(
+                lambda batches: _influence(network, reading.metric, batches, distributed, progress),
+                whole,
+                MaskedBatches.halved,
+            )
     if check and not checked:
         warnings.warn(UncheckedMaskWarning(_NOTHING_MOVED), stacklevel=2)
     by_layer = {
         name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])
-        for name in ("mean_gap", "cov_gap", "scale", "effective_rank", "total_variance", "outliers", "massive")
+        for name in LayerDistance._fields
+        if name not in ("tokens", "robust")
     }
     robust_layers = torch.stack([layer.robust.cpu() for layer in breakdown])
     return MIRResult(
         mir=reading.metric.compute().item(),
         layers=by_layer["mean_gap"] + by_layer["cov_gap"],
+        mir_equal_norm=by_layer.pop("equal_norm").sum().log10().item(),
         **by_layer,
         mir_robust=robust_layers.sum().log10().item(),
         robust_layers=robust_layers,
@@ -187,6 +220,9 @@ def evaluate_mir(
         sample=reading.sample(),
         sample_layer=reading.sample_layer,
         checked=checked,
+        rank_order=rank_order,
+        influence=influence,
+        standard_error=None if influence is None else standard_error(influence).item(),
     )
 
 
@@ -202,14 +238,49 @@ def _mask_is_right(network: Network, batches: MaskedBatches, distributed: bool) 
     return sum_over_ranks([any(moved)], network.device)[0] > 0 if distributed else any(moved)
 
 
+def _influence(
+    network: Network,
+    metric: ModalityIntegrationRate,
+    batches: MaskedBatches,
+    distributed: bool,
+    progress: str | None,
+) -> Tensor:
+    """What each sample adds to the MIR that the metric found on the same batches, ``[N]`` on the CPU."""
+    influences = metric.compute_influences()
+    added = torch.zeros(batches.samples, dtype=torch.float64, device=metric.device)
+
+    def add(index: int, counts: bool) -> None:
+        batch, masks = batches[index]
+        samples = [mask.nonzero()[:, 0].to(added.device) + batches.first_sample(index) for mask in masks]
+
+        def take(vision: Tensor, text: Tensor, layer: int, layers: int) -> None:
+            for side, (tokens, of_samples) in enumerate(zip((vision, text), samples, strict=True)):
+                of_tokens = influences[layer].by_token(side, tokens.to(added.device))
+                added.index_add_(0, of_samples[: len(tokens)], of_tokens)
+
+        network.run_tokens(batch, masks, counts, take)
+
+    run_together(len(batches), add, distributed, network.device, progress and f"{progress}, interval")
+    total = torch.stack([layer.distance for layer in influences]).sum()
+    given = sum_over_ranks(added.tolist(), network.device) if distributed else added.tolist()
+    return torch.tensor(given, dtype=torch.float64) / (total.item() * math.log(10))
+
+
 class _Reading:
     """Hidden states of a probe's batches go into the metric as soon as they exist; loss and a sample beside it."""
 
     def __init__(
-        self, network: Network, variant: Variant, sample_layer: int | None, distributed: bool, progress: str | None
+        self,
+        network: Network,
+        variant: Variant,
+        rank_order: RankOrder,
+        sample_layer: int | None,
+        distributed: bool,
+        progress: str | None,
     ) -> None:
         self.network = network
         self.variant = variant
+        self.rank_order = rank_order
         self.distributed = distributed
         self.progress = progress
         self._sample_layer = sample_layer
@@ -249,23 +320,7 @@ class _Reading:
         )
 
     def _add(self, batch: Batch, masks: TokenMasks, counts: bool) -> None:
-        inputs = self.network.inputs(batch)
-        positions = [mask.view(-1).nonzero()[:, 0].to(self.network.device) for mask in masks]
-        if not counts:
-            positions = [where[:0] for where in positions]
-        errors: list[Exception] = []
-
-        def reduce(hidden: Tensor, layer: int, layers: int) -> None:
-            """An error waits until the forward is through: other ranks may be computing in step."""
-            if not errors:
-                try:
-                    self._reduce(hidden, positions, layer, layers)
-                except Exception as error:
-                    errors.append(error)
-
-        output = self.network.run_layers(inputs, masks, reduce)
-        if errors:
-            raise errors[0]
+        inputs, output = self.network.run_tokens(batch, masks, counts, self._reduce)
         if counts and "labels" in inputs and getattr(output, "loss", None) is not None:
             self._add_loss(output.loss, inputs)
 
@@ -276,13 +331,17 @@ class _Reading:
         self._loss_sum += float(loss.float().mean()) * count if count else 0.0
         self._loss_tokens += count
 
-    def _reduce(self, hidden: Tensor, positions: list[Tensor], layer: int, layers: int) -> None:
-        flat = hidden.reshape(-1, hidden.shape[-1])
+    def _reduce(self, vision: Tensor, text: Tensor, layer: int, layers: int) -> None:
         if self._metric is None:
-            metric = ModalityIntegrationRate(layers, flat.shape[1], self.variant, sync_on_compute=self.distributed)
-            self._metric = metric.to(hidden.device)
+            self._metric = ModalityIntegrationRate(
+                layers,
+                vision.shape[1],
+                self.variant,
+                rank_order=self.rank_order,
+                sync_on_compute=self.distributed,
+            ).to(vision.device)
         # The layers of a model spread over devices do not all lie where the metric does.
-        vision, text = (flat.index_select(0, where.to(flat.device)).to(self.metric.device) for where in positions)
+        vision, text = (tokens.to(self.metric.device) for tokens in (vision, text))
         self.metric.update(vision, text, layer=layer)
         if layer + 1 == self.sample_layer:
             for parts, tokens in zip(self._samples, (vision, text), strict=True):

@@ -29,6 +29,9 @@ from mir_lightning.vlm import (
 Forward = Callable[..., Any]
 HiddenStates = Callable[[nn.Module, dict[str, Any]], Iterable[Tensor]]
 Reduce = Callable[[Tensor, int, int], None]  # hidden states [B, S, H], their layer from 0, number of layers
+TakeTokens = Callable[
+    [Tensor, Tensor, int, int], None
+]  # vision [n, H], text [m, H], their layer, number of layers
 
 _MASK_KEYS = ("vision_mask", "text_mask")
 _NOT_PIXELS = ("mask", "embeds")
@@ -180,6 +183,35 @@ class Network:
             raise ValueError(f"norm={self._norm!r} did not run after the decoder's last layer.")
         reduce(final[0], total - 1, total)
         return output
+
+    def run_tokens(
+        self, batch: Batch, masks: TokenMasks, counts: bool, take: TakeTokens
+    ) -> tuple[dict[str, Any], Any]:
+        """Run a batch; ``take`` gets each layer's vision and text tokens, none where the batch does not count.
+
+        An error in ``take`` waits until the forward is through: other ranks may be computing in step.
+
+        Returns:
+            The inputs, and what the forward gives.
+        """
+        inputs, errors = self.inputs(batch), list[Exception]()
+        positions = [mask.view(-1).nonzero()[:, 0].to(self.device) for mask in masks]
+        if not counts:
+            positions = [where[:0] for where in positions]
+
+        def reduce(hidden: Tensor, layer: int, layers: int) -> None:
+            if not errors:
+                flat = hidden.reshape(-1, hidden.shape[-1])
+                try:
+                    vision, text = (flat.index_select(0, where.to(flat.device)) for where in positions)
+                    take(vision, text, layer, layers)
+                except Exception as error:
+                    errors.append(error)
+
+        output = self.run_layers(inputs, masks, reduce)
+        if errors:
+            raise errors[0]
+        return inputs, output
 
     def check_vision_mask(self, batch: Batch, masks: TokenMasks) -> bool:
         """Run a batch twice, with other pixels the second time, and see what moves at the first decoder layer.

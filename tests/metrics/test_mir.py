@@ -350,8 +350,11 @@ def test_a_refused_update_adds_nothing():
 
 def test_breakdown_adds_up_and_counts():
     vision, text = hostile_layers("massive", torch.float64)
-    metric = _stream(ModalityIntegrationRate(LAYERS, WIDTH), vision, text, 7)
-    for layer, v, t in zip(metric.compute_breakdown(), vision, text, strict=True):
+    orders = [
+        _stream(ModalityIntegrationRate(LAYERS, WIDTH, rank_order=order), vision, text, 7).compute_breakdown()
+        for order in (2, 1)
+    ]
+    for layer, by_entropy, v, t in zip(*orders, vision, text, strict=True):
         alpha = 1 / t.norm(dim=1).mean()
         for index, tokens in enumerate((v, t)):
             bad = oracle.outliers(tokens.numpy())
@@ -361,14 +364,18 @@ def test_breakdown_adds_up_and_counts():
             assert layer.outliers[index] == bad.sum() > 0
             assert layer.tokens[index] == len(tokens)
             assert layer.total_variance[index].item() == pytest.approx(eigenvalues.sum(), rel=1e-10)
-            assert layer.effective_rank[index].item() == pytest.approx(
-                np.exp(-(shares * np.log(shares)).sum()), rel=1e-9
-            )
+            entropy = np.exp(-(shares * np.log(shares)).sum())
+            assert by_entropy.effective_rank[index].item() == pytest.approx(entropy, rel=1e-9)
+            assert layer.effective_rank[index].item() == pytest.approx(1 / (shares**2).sum(), rel=1e-9)
         means = [m[torch.from_numpy(~oracle.outliers(m.numpy()))].mean(0) for m in (v, t)]
         assert layer.mean_gap.item() == pytest.approx(
             (alpha * (means[0] - means[1])).square().sum().item(), rel=1e-10
         )
         assert layer.scale.item() == pytest.approx(alpha.item(), rel=1e-12)
+        assert layer.norm_ratio.item() == pytest.approx((v.norm(dim=1).mean() * alpha).item(), rel=1e-12)
+        clean = [x[torch.from_numpy(~oracle.outliers(x.numpy()))] / x.norm(dim=1).mean() for x in (v, t)]
+        alike = oracle.token_frechet_distance(*(x.numpy() for x in clean))
+        assert layer.equal_norm.item() == pytest.approx(alike, rel=1e-8)
 
 
 def test_a_collapsed_projector_has_a_low_mir_and_a_low_rank():
@@ -384,7 +391,7 @@ def test_a_collapsed_projector_has_a_low_mir_and_a_low_rank():
         metric.update(vision, text, layer=0)
         found[name] = metric.compute().item(), metric.compute_breakdown()[0].effective_rank
     assert found["collapsed"][0] < found["healthy"][0] - 0.3
-    assert found["collapsed"][1][0] < 1.5 < 10 < found["healthy"][1][0]
+    assert found["collapsed"][1][0] < 1.5 < 8 < found["healthy"][1][0]
 
 
 def test_plot_draws_layers_and_values_over_time():
