@@ -28,7 +28,9 @@ _RESAMPLES = 2000
 _STYLES = ("-", "--", ":", "-.")
 # Panels by title: the unit, and the names whose curves they show; a trailing "/" takes all directly below.
 _PANELS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "Modality Integration Rate": ("lower: better aligned", ("mir", "mir_robust")),
+    "Does it look? Image gain": ("nats a token (higher is better)", ("image_gain",)),
+    "Are the modalities apart? MIR": ("log10 distance (lower is better)", ("mir", "mir_robust")),
+    "By what? Norm of vision over text": ("ratio (mean over layers)", ("mir_norm/mean",)),
     "Soft Discrimination Score": ("", ("sds_abilities/", "sds")),
     "Accuracy": ("", ("sds_acc_abilities/", "sds_acc")),
     "Loss": ("cross-entropy (nats per token)", ("train/loss", "loss", "mir_probe/loss")),
@@ -194,6 +196,10 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
             if curve:
                 look = {"color": f"C{place if several else index}", "marker": "o" if len(curve) <= 20 else None}
                 axes.plot(*zip(*curve, strict=True), style, **look, markersize=3, linewidth=1.2)
+                errors = dict(runs[place].curves.get(f"{name}_se", ()))
+                if sure := [(s, v - 1.96 * errors[s], v + 1.96 * errors[s]) for s, v in curve if s in errors]:
+                    steps, low, high = zip(*sure, strict=True)
+                    axes.fill_between(steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
     if names[0].startswith("sds"):  # and what guessing gives, for each of the names
         keys = {name.replace("sds_acc", "sds", 1).replace("sds", "sds_chance", 1) for name in names}
         levels = sorted({run.last(key) for run in runs for key in keys & run.curves.keys()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from mir_lightning.callbacks import alarms
 from mir_lightning.callbacks.loops import LightningLoop, Loop, Table
 from mir_lightning.callbacks.schedule import Budget, Schedule, tokens_of
 from mir_lightning.callbacks.strategies import check_data_parallel
@@ -67,6 +68,7 @@ class ProbingCallback(pl.Callback, ABC):
         network: what is evaluated, once the fit has started.
         history: one row a point: ``step``, and everything that was logged, under the names it was logged under.
         settings: what points are comparable by, once training has begun: of the probe, its fingerprint.
+        siblings: all probing callbacks of the loop, this one too, once the fit has started.
         last_monitored: the last values that checkpoints and early stopping saw.
         evaluating_since: when the evaluation under way began, on the monotonic clock; ``None`` between them.
 
@@ -114,6 +116,7 @@ class ProbingCallback(pl.Callback, ABC):
         self.history: list[dict[str, Any]] = []
         self.evaluating_since: float | None = None
         self.settings: dict[str, Any] = {}
+        self.siblings: list[ProbingCallback] = [self]
         self._restored: dict[str, Any] | None = None
         self._last_step: int | None = None
         self._stepped = 0
@@ -166,9 +169,9 @@ class ProbingCallback(pl.Callback, ABC):
         """Figures by name, and a table, of a result and of the history, which ends with its row."""
         return None
 
-    def alarm(self) -> str | None:
-        """Something about the history to warn of, once."""
-        return None
+    def readings(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """What :mod:`~mir_lightning.callbacks.alarms` look at, of a row of the history, by the names there."""
+        return {}
 
     def begin(self, loop: Loop) -> None:
         """Find the model and check the probe, so that mistakes show before the first step.
@@ -194,6 +197,7 @@ class ProbingCallback(pl.Callback, ABC):
                 if self.strict_probe:
                     raise ValueError(message)
                 rank_zero_warn(message)
+        self.siblings = [callback for callback in loop.callbacks if isinstance(callback, ProbingCallback)]
         loop.describe(self.name, self.settings, self.best)
 
     def start(self, loop: Loop) -> None:
@@ -256,15 +260,26 @@ class ProbingCallback(pl.Callback, ABC):
         values[f"{self.name}_probe/seconds"] = result.seconds
         values[f"{self.name}_probe/overhead"] = self.budget.share(result.seconds)
         self.history.append({"step": loop.step, **values, **self.remembered(result)})
-        for report in (lambda: loop.log(values), lambda: self._draw(loop, result)):
+        for alarm in (found := self._alarms()):
+            rank_zero_warn(f"{self.name}: {alarm.message}")
+            values[f"{self.name}_alarms/{alarm.name}"] = self.history[-1][f"{self.name}_alarms/{alarm.name}"] = 1.0
+        alert = lambda: [loop.alert(f"{self.name}: {alarm.name}", alarm.message) for alarm in found]  # noqa: E731
+        for report in (lambda: loop.log(values), lambda: self._draw(loop, result), alert):
             try:
                 report()
             except Exception as error:
                 self._warn_or_raise(
                     f"{self.label} of step {loop.step} could not be logged everywhere: {error}", error
                 )
-        if message := self.alarm():
-            self.warn_once(f"{self.name}: {message}", "history")
+
+    def points(self) -> list[dict[str, float]]:
+        """The readings of all probing callbacks of the loop, by step."""
+        return alarms.points_of([(row["step"], c.readings(row)) for row in c.history] for c in self.siblings)
+
+    def _alarms(self) -> list[alarms.Alarm]:
+        """What the last row raises, each kind once in a run, whichever of the callbacks sees it first."""
+        before = {key.partition("_alarms/")[2] for c in self.siblings for row in c.history for key in row}
+        return [alarm for alarm in alarms.raised(self.points()) if alarm.name not in before]
 
     def _draw(self, loop: Loop, result: Any) -> None:
         if loop.first and (drawn := self.draw(result, loop.step)) is not None:

@@ -46,15 +46,56 @@ def _dress(axes: Axes, whole_numbers: str = "", **labels: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def draw_curve(axes: Axes, points: Sequence[tuple[float, ...]], colour: str, **look: Any) -> None:
+    """A curve of (step, value), and the 95 % interval where a point has a standard error as well."""
+    axes.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=3, color=colour, **look)
+    if sure := [(p[0], p[1] - 1.96 * p[2], p[1] + 1.96 * p[2]) for p in points if len(p) > 2]:
+        steps, low, high = zip(*sure, strict=True)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def overview_figure(points: Sequence[Mapping[str, float]], result: MIRResult, step: int) -> Figure:
+    """Does the model look, are the modalities apart, and by what: gain, MIR, and the last point's layers.
+
+    ``points`` are readings by step, see :mod:`~mir_lightning.callbacks.alarms`.
+    """
+    figure = new_figure(11.0, 3.6)
+    grid = figure.add_gridspec(2, 3)
+    gain, mir = (figure.add_subplot(grid[:, column]) for column in (0, 1))
+    gaps, ratio = (figure.add_subplot(grid[row, 2]) for row in (0, 1))
+    for axes, name, colour, labels in (
+        (gain, "gain", _MEAN_COLOUR, ("Does it look? Image gain", "nats a token (higher is better)")),
+        (mir, "mir", _COV_COLOUR, ("Are the modalities apart? MIR", "log10 distance (lower is better)")),
+    ):
+        taken = [point for point in points if name in point]
+        keys = ("step", name, f"{name}_error")
+        draw_curve(axes, [tuple(point[key] for key in keys if key in point) for point in taken], colour)
+        _dress(axes, "x", xlabel="optimizer step", title=labels[0], ylabel=labels[1])
+        if not taken:
+            axes.text(0.5, 0.5, "not measured:\nadd ImageGainCallback", ha="center", transform=axes.transAxes)
+            axes.set(xticks=[], yticks=[])
+        elif name == "gain":
+            axes.axhline(0, color="grey", linewidth=0.8)
+    _draw_gaps(gaps, result.mean_gap, result.cov_gap)
+    _dress(gaps, "x", title=f"What is it apart by? Layers at step {step}", ylabel="distance")
+    ratio.plot(range(1, len(result.norm_ratio) + 1), result.norm_ratio, color="black", linewidth=1.4)
+    ratio.axhline(1, color="grey", linewidth=0.8)
+    _dress(ratio, "x", xlabel="decoder layer", ylabel="norm ratio", ylim=(0, None))
+    return figure
+
+
+def _draw_gaps(axes: Axes, mean_gap: Any, cov_gap: Any) -> None:
+    layers = range(1, len(mean_gap) + 1)
+    axes.bar(layers, mean_gap, color=_MEAN_COLOUR, label="mean gap", width=0.85)
+    axes.bar(layers, cov_gap, bottom=mean_gap, color=_COV_COLOUR, label="covariance gap", width=0.85)
+
+
 def layer_figure(result: Mapping[str, Any], title: str) -> Figure:
     """Fréchet distance by layer, split into mean gap and covariance gap, of the fields of a result."""
     figure = new_figure()
     axes = figure.subplots()
-    mean_gap, cov_gap = result["mean_gap"], result["cov_gap"]
-    layers = range(1, len(mean_gap) + 1)
-    axes.bar(layers, mean_gap, color=_MEAN_COLOUR, label="mean gap", width=0.85)
-    axes.bar(layers, cov_gap, bottom=mean_gap, color=_COV_COLOUR, label="covariance gap", width=0.85)
-    limits = (0.4, len(mean_gap) + 0.6)
+    _draw_gaps(axes, result["mean_gap"], result["cov_gap"])
+    limits = (0.4, len(result["mean_gap"]) + 0.6)
     _dress(axes, "x", xlabel="decoder layer", ylabel="Fréchet distance", title=title, xlim=limits)
     return figure
 
@@ -152,8 +193,12 @@ def caption_figure(
 
 def layer_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows of all that is known by layer, from the fields of a result."""
-    columns = ["layer", "distance", "mean gap", "covariance gap", "vision rank", "text rank"]
-    columns += ["vision outliers", "text outliers", "robust distance", "vision massive", "text massive"]
-    keys = ("layers", "mean_gap", "cov_gap", "effective_rank", "outliers", "robust_layers", "massive")
+    keys = {
+        **{"layers": ["distance"], "mean_gap": ["mean gap"], "cov_gap": ["covariance gap"]},
+        **{"effective_rank": ["vision rank", "text rank"], "outliers": ["vision outliers", "text outliers"]},
+        **{"robust_layers": ["robust distance"], "massive": ["vision massive", "text massive"]},
+        **{"norm_ratio": ["norm ratio"]},
+    }
+    columns = ["layer", *(name for names in keys.values() for name in names)]
     numbers = [torch.as_tensor(result[key]).reshape(len(result["layers"]), -1) for key in keys]
     return columns, [[layer, *row] for layer, row in enumerate(torch.cat(numbers, dim=1).tolist(), start=1)]

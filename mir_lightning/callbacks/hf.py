@@ -40,6 +40,7 @@ class TrainerLoop(Loop):
         self.step = trainer.state.global_step
         self.ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.first = trainer.is_world_process_zero()
+        self.callbacks = [getattr(other, "probing", other) for other in trainer.callback_handler.callbacks]
         self.shows_bars = self.first and not trainer.args.disable_tqdm
 
     def from_first(self, value: T) -> T:
@@ -73,6 +74,13 @@ class TrainerLoop(Loop):
         # Not the trainer's own ``log``: TRL's merges its running figures into any row, and clears them.
         Trainer.log(self.trainer, dict(values))
         self.trainer.control.should_log = row_is_due  # logging took it for the trainer's own row
+
+    def alert(self, title: str, message: str) -> None:
+        if self.first and "wandb" in (self.trainer.args.report_to or ()):
+            import wandb
+
+            if wandb.run is not None:
+                wandb.run.alert(title, message, level="WARN")
 
     def log_media(self, name: str, figures: Mapping[str, Figure], table: Table) -> None:
         loggers.save_figures(Path(self.trainer.args.output_dir or ".") / f"{name}_media", figures)

@@ -69,6 +69,16 @@ def _(logger: WandbLogger, name: str, settings: dict[str, Any], best: str) -> No
 
 
 @singledispatch
+def alert(logger: Logger, title: str, message: str) -> None:
+    """Tell people of something that should not wait until they look."""
+
+
+@alert.register
+def _(logger: WandbLogger, title: str, message: str) -> None:
+    logger.experiment.alert(title=title, text=message, level="WARN")
+
+
+@singledispatch
 def whereabouts(logger: Logger) -> list[str]:
     """Lines that tell a person where a logger's files lie."""
     return []

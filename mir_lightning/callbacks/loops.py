@@ -32,6 +32,7 @@ class Loop(ABC):
         module: what is trained.
         ranks: number of processes that train together.
         first: whether this is the first of them.
+        callbacks: what else is in the loop, probing callbacks as they are.
         shows_bars: whether the loop shows progress bars here.
     """
 
@@ -39,6 +40,7 @@ class Loop(ABC):
     module: nn.Module
     ranks: int
     first: bool
+    callbacks: Sequence[Any]
     shows_bars: bool
 
     @abstractmethod
@@ -70,6 +72,10 @@ class Loop(ABC):
         """Pictures and a table to every logger that shows them, and PNG files; for the first rank."""
 
     @abstractmethod
+    def alert(self, title: str, message: str) -> None:
+        """Let loggers that can tell people of something do so; the first rank does."""
+
+    @abstractmethod
     def describe(self, name: str, settings: dict[str, Any], best: Literal["min", "max"]) -> None:
         """Tell loggers of a curve: its settings, and which of its values is best."""
 
@@ -83,6 +89,7 @@ class LightningLoop(Loop):
         self.step = trainer.global_step
         self.ranks = trainer.world_size
         self.first = trainer.is_global_zero
+        self.callbacks = trainer.callbacks  # type: ignore[attr-defined]
         bar = trainer.progress_bar_callback
         self.shows_bars = self.first and bar is not None and getattr(bar, "is_enabled", True)
 
@@ -122,6 +129,10 @@ class LightningLoop(Loop):
             self.trainer.loggers,
             lambda logger: loggers.log_media(logger, f"{name}_media", figures, table, self.step),
         )
+
+    def alert(self, title: str, message: str) -> None:
+        for logger in self.trainer.loggers if self.first else ():
+            loggers.alert(logger, title, message)
 
     def describe(self, name: str, settings: dict[str, Any], best: Literal["min", "max"]) -> None:
         for logger in self.trainer.loggers if self.first else ():

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, get_args
 
+import lightning.pytorch as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mir_lightning.callbacks import figures
+from mir_lightning.callbacks.alarms import label_fault
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.loops import Loop, Table
 from mir_lightning.functional.checks import check_choice
-from mir_lightning.functional.mir import Variant
+from mir_lightning.functional.frechet import RankOrder
+from mir_lightning.functional.mir import Rule, Variant
 from mir_lightning.probing.evaluate import MIRResult, UncheckedMaskWarning, evaluate_mir
 from mir_lightning.probing.network import HiddenStates, Network, ProbeWarning
 from mir_lightning.probing.probe import Probe, ProbeLike
-from mir_lightning.vlm import TextPositions, find_entrance, is_foreign, module_at
+from mir_lightning.vlm import TextPositions, find_entrance, is_foreign, module_at, token_masks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,8 +31,9 @@ class MIRCallback(ProbingCallback):
 
     Logged to every logger of the Trainer, and set in ``trainer.callback_metrics`` (so that
     ``ModelCheckpoint(monitor="mir")`` works): ``mir`` and ``mir_robust`` (by an outlier rule that many massive
-    tokens cannot mask). To the loggers only: ``mir_layers/layer_01`` and on, ``mir_rank/vision`` and
-    ``mir_rank/text`` (mean effective rank; a low MIR with a low vision rank is collapse, not alignment),
+    tokens cannot mask). To the loggers only: ``mir_layers/layer_01`` and on, ``mir_norm/layer_01`` and on with
+    ``mir_norm/mean`` (norm of vision over text tokens), ``mir_equal_norm`` (MIR but for that ratio),
+    ``mir_rank/vision`` and ``mir_rank/text`` (mean effective rank, the participation ratio),
     ``mir_outliers/vision`` and ``mir_outliers/text`` (share of the tokens), ``mir_massive/vision`` and
     ``mir_massive/text`` (share outside the robust rule), and with labels in the probe ``mir_probe/loss`` and
     ``mir_probe/perplexity``; pictures ``mir_media/layers``, ``mir_media/heatmap`` and ``mir_media/tokens``.
@@ -51,6 +56,8 @@ class MIRCallback(ProbingCallback):
         image_token_id: placeholder of vision tokens in ``input_ids``; that of the model's config when None.
         check: see that the vision mask is right, at the first evaluation in which pixels reach the decoder; see
             :func:`~mir_lightning.evaluate_mir`.
+        interval: also log ``mir_se``, the standard error of ``mir``, for one more pass over the probe.
+        rank_order: of ``mir_rank``; see :func:`~mir_lightning.evaluate_mir`.
         options: further schedules, ``on_error`` and more: of
             :class:`~mir_lightning.callbacks.base.ProbingCallback`.
     """
@@ -75,15 +82,23 @@ class MIRCallback(ProbingCallback):
         norm: str | None = None,
         image_token_id: int | None = None,
         check: bool = True,
+        interval: bool = False,
+        rank_order: RankOrder = 2,
         **options: Any,
     ) -> None:
         check_choice("variant", variant, Variant)
         check_choice("text", text, TextPositions)
         super().__init__(probe, every_n_steps, at_start, at_end, model, name, **options)
+        if interval and variant not in get_args(Rule):
+            raise ValueError(f'interval needs variant "paper" or "robust", got {variant!r}.')
+        check_choice("rank_order", rank_order, RankOrder)
         self.engine = {"variant": variant, "text": text, "sample_layer": picture_layer}
+        self.engine |= {"interval": interval, "rank_order": rank_order}
         self.places: dict[str, Any] = {"layers": layers, "norm": norm, "image_token_id": image_token_id}
         self.places["hidden_states"] = hidden_states
         self.check = check and hidden_states is None
+        self._config: Any = None
+        self._looked_at_labels = False
 
     def make_probe(self, source: ProbeLike) -> Probe:
         """As :meth:`Probe.of <mir_lightning.Probe.of>` does."""
@@ -96,11 +111,30 @@ class MIRCallback(ProbingCallback):
         self.network = inside if foreign else find_entrance(module, self.model)
         self.probe = probe = self.make_probe(self.probe)
         network = Network(self.network, **self.places)
-        network.masks(probe, self.engine["text"])
+        self._config = None if network.vlm is None else network.vlm.config
+        masks = network.masks(probe, self.engine["text"])
+        self._warn_of_labels("the probe", probe, [mask.vision for mask in masks])
         network.check_layer("picture_layer", self.engine["sample_layer"])
         if network.device.type == "cuda":
             probe.pin_memory()
         return {"variant": self.engine["variant"], "text": self.engine["text"], "probe_batches": len(probe)}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the labels of the first batch."""
+        seen, self._looked_at_labels = self._looked_at_labels, True
+        if seen or not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+            return
+        try:
+            vision = token_masks(self._config, batch, "all", self.places["image_token_id"]).vision
+        except ValueError:  # a batch that is no probe's, of which nothing is asked
+            return
+        self._warn_of_labels("training", [batch], [vision])
+
+    def _warn_of_labels(self, where: str, batches: Iterable[Mapping[str, Any]], vision: list[Tensor]) -> None:
+        if fault := label_fault(batches, vision):
+            self.warn_once(f"{self.name}: in {where}, {fault}", f"labels of {where}")
 
     def measure(self, loop: Loop) -> MIRResult:
         """Run the probe, with the self-check until it has found the mask right."""
@@ -123,6 +157,10 @@ class MIRCallback(ProbingCallback):
         """Everything a logger can plot."""
         name, tokens = self.name, torch.tensor([result.vision_tokens, result.text_tokens])
         values = {name: result.mir, f"{name}_robust": result.mir_robust}
+        values[f"{name}_equal_norm"] = result.mir_equal_norm
+        values[f"{name}_norm/mean"] = result.norm_ratio.mean().item()
+        if result.standard_error is not None:
+            values[f"{name}_se"] = result.standard_error
         for reading, of_layers in (
             ("rank", result.effective_rank),
             ("outliers", result.outliers / tokens),
@@ -132,8 +170,9 @@ class MIRCallback(ProbingCallback):
             values |= {f"{name}_{reading}/vision": vision, f"{name}_{reading}/text": text}
         if result.loss is not None and result.perplexity is not None:
             values |= {f"{name}_probe/loss": result.loss, f"{name}_probe/perplexity": result.perplexity}
-        for layer, distance in enumerate(result.layers.tolist(), start=1):
-            values[f"{name}_layers/layer_{layer:02d}"] = distance
+        for layer, (distance, ratio) in enumerate(zip(result.layers, result.norm_ratio, strict=True), start=1):
+            values[f"{name}_layers/layer_{layer:02d}"] = distance.item()
+            values[f"{name}_norm/layer_{layer:02d}"] = ratio.item()
         return values
 
     def monitored(self, result: MIRResult) -> dict[str, float]:
@@ -146,20 +185,15 @@ class MIRCallback(ProbingCallback):
         keys = [key for key in self.history[-1] if key.startswith(f"{self.name}_layers/")]
         distances = [[point[key] for key in keys] for point in self.history]
         return {
+            "overview": figures.overview_figure(self.points(), result, step),
             "layers": figures.layer_figure(vars(result), f"Step {step}: MIR {result.mir:.3f}"),
             "heatmap": figures.heatmap_figure([point["step"] for point in self.history], distances),
             "tokens": figures.token_figure(result, step),
         }, (["step", *columns], [[step, *row] for row in rows])
 
-    def alarm(self) -> str | None:
-        """MIR below its first value whose vision tokens have lost half their effective rank."""
-        (first, rank_first), (last, rank_last) = (
-            (point[self.name], point[f"{self.name}_rank/vision"]) for point in (self.history[0], self.history[-1])
-        )
-        if last >= first or rank_last >= rank_first / 2:
-            return None
-        return (
-            f"MIR fell from {first:.3f} to {last:.3f} by step {self.history[-1]['step']}, but the effective rank "
-            f"of the vision tokens fell too, from {rank_first:.1f} to {rank_last:.1f}: this may be collapse, not "
-            "alignment."
-        )
+    def readings(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """MIR with its standard error, loss, rank and norm ratio."""
+        names = {"mir": "", "mir_error": "_se", "loss": "_probe/loss", "rank": "_rank/vision"}
+        names["norm_ratio"] = "_norm/mean"
+        found = {key: row.get(f"{self.name}{name}") for key, name in names.items()}
+        return {key: value for key, value in found.items() if value is not None}

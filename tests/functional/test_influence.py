@@ -44,7 +44,9 @@ def _samples(count, tokens):
 
 @pytest.mark.parametrize("variant", ["paper", "robust"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["plain", "massive", "masked", "huge_mean", "few_tokens", "constant", "duplicated"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "massive", "masked", "huge_mean", "few_tokens", "constant", "duplicated"]
+)
 def test_is_the_derivative_by_each_samples_weight(kind, dtype, variant):
     size = {} if kind == "few_tokens" else {"n_vision": 240, "n_text": 160, "d": 12}
     vision, text = hostile_layers(kind, dtype, **size)

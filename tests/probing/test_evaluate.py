@@ -10,12 +10,13 @@ import torch
 from accelerate import cpu_offload
 from lightning.fabric import Fabric
 
-from mir_lightning.functional import modality_integration_rate
+from mir_lightning.functional import mir_influence, modality_integration_rate, standard_error
 from mir_lightning.probing import Probe, evaluate_mir
 from mir_lightning.probing.batches import MaskedBatches
 from mir_lightning.probing.network import ProbeWarning
 from mir_lightning.vlm import TokenMasks
 from tests import oracle
+from tests.distributed import run_on_ranks
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 
 
@@ -242,6 +243,64 @@ def test_batches_are_halved_until_they_fit(probe):
     model.register_forward_pre_hook(_refuse_more_than(0), with_kwargs=True)
     with pytest.raises(torch.OutOfMemoryError, match="a batch of 1"):
         evaluate_mir(model, probe)
+
+
+@pytest.mark.parametrize("variant", ["paper", "robust"])
+def test_influence_of_each_sample(probe, variant):
+    """As the functional's on ``output_hidden_states``; the same in halves of the batches."""
+    model = tiny_llava().eval()
+    tokens = _reference_tokens(model, probe)
+    samples = [
+        torch.cat([mask.nonzero()[:, 0] + 4 * index for index, mask in enumerate(masks)])
+        for masks in zip(*(_token_positions(batch) for batch in probe), strict=True)
+    ]
+    expected = mir_influence(*tokens, *samples, variant)
+    result = evaluate_mir(model, probe, variant, interval=True)
+    assert result.influence.shape == (12,)
+    np.testing.assert_allclose(result.influence, expected, rtol=1e-5, atol=1e-6)
+    assert result.standard_error == pytest.approx(standard_error(expected).item(), rel=1e-5)
+    model.register_forward_pre_hook(_refuse_more_than(1), with_kwargs=True)
+    halved = evaluate_mir(model, probe, variant, interval=True)
+    np.testing.assert_allclose(halved.influence, expected, rtol=1e-4, atol=1e-5)
+
+
+def _token_positions(batch):
+    vision = batch["input_ids"] == IMAGE_TOKEN
+    return vision, batch["attention_mask"].bool() & ~vision & (vision.cumsum(1) > 0)
+
+
+def _influence_on(rank, world):
+    probe = Probe([tiny_batch(seed=s) for s in range(3)])  # ranks get two and one
+    result = evaluate_mir(tiny_llava().eval(), probe, interval=True, distributed=world > 1)
+    return result.influence, result.standard_error
+
+
+def test_influences_of_two_ranks_are_those_of_one():
+    influence, error = _influence_on(0, 1)
+    for found in run_on_ranks(_influence_on, 2):
+        np.testing.assert_allclose(found[0], influence, rtol=1e-6, atol=1e-9)
+        assert found[1] == pytest.approx(error, rel=1e-6)
+
+
+def test_no_interval_where_tokens_are_replaced(probe):
+    assert evaluate_mir(tiny_llava(), probe).standard_error is None
+    with pytest.raises(ValueError, match='interval needs variant "paper" or "robust", got .official'):
+        evaluate_mir(tiny_llava(), probe, "official", interval=True)
+
+
+def test_effective_rank_of_either_order(probe):
+    tokens = _reference_tokens(model := tiny_llava().eval(), probe)
+    results = [evaluate_mir(model, probe, rank_order=order) for order in (1, 2)]
+    for layer, sides in enumerate(zip(*tokens, strict=True)):
+        for side, x in enumerate(sides):
+            x = x.double().numpy()
+            eigenvalues = np.linalg.eigvalsh(np.cov(x[~oracle.outliers(x)].T)).clip(0)
+            p = eigenvalues[eigenvalues > 0] / eigenvalues.sum()
+            expected = np.exp(-(p * np.log(p)).sum()), 1 / (p**2).sum()
+            for result, rank in zip(results, expected, strict=True):
+                assert result.effective_rank[layer, side].item() == pytest.approx(rank, rel=1e-6)
+    with pytest.raises(ValueError, match="rank_order must be one of 1, 2, got 3"):
+        evaluate_mir(model, probe, rank_order=3)
 
 
 def test_everything_with_an_entry_a_sample_is_halved():
