@@ -237,7 +237,7 @@ def test_standard_error_is_logged_and_drawn_where_asked_for(tmp_path, probe):
     (band,) = callback.draw(result, 6)[0]["overview"].axes[1].collections
     heights = band.get_paths()[0].vertices[:, 1]
     assert heights.max() - heights.min() >= 2 * 1.96 * result.standard_error
-    with pytest.raises(ValueError, match='interval needs variant "paper" or "robust", got .official'):
+    with pytest.raises(ValueError, match=r'interval needs variant "paper" or "robust", got .official'):
         MIRCallback(probe, variant="official", interval=True)
 
 

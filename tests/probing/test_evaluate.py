@@ -284,7 +284,7 @@ def test_influences_of_two_ranks_are_those_of_one():
 
 def test_no_interval_where_tokens_are_replaced(probe):
     assert evaluate_mir(tiny_llava(), probe).standard_error is None
-    with pytest.raises(ValueError, match='interval needs variant "paper" or "robust", got .official'):
+    with pytest.raises(ValueError, match=r'interval needs variant "paper" or "robust", got .official'):
         evaluate_mir(tiny_llava(), probe, "official", interval=True)
 
 
