@@ -89,7 +89,7 @@ def read_run(path: Path) -> Run:
     pieces = [_curves(files[0])]
     if not pieces[0]:
         raise ValueError(f"{files[0]} holds no curve.")
-    for file in files[1:] if files[0].suffix == ".csv" else ():  # a trainer_state.json holds the whole run
+    for file in files[1:] if files[0].suffix.lower() == ".csv" else ():  # a trainer_state.json holds the whole run
         if not (earlier := _curves(file)):
             continue
         if min(map(min, earlier.values())) >= min(map(min, pieces[-1].values())):
@@ -104,7 +104,7 @@ def read_run(path: Path) -> Run:
 
 def _curves(file: Path) -> dict[str, dict[int, float]]:
     """Values by step, by name."""
-    if file.suffix == ".json":
+    if file.suffix.lower() == ".json":
         state = read_json(file)
         check_json(f"{file} is no trainer_state.json", state, {"log_history": [{}]})
         rows = state["log_history"]

@@ -98,7 +98,7 @@ def test_what_is_no_run_is_named(tmp_path):
             f'{{"log_history": [{{"step": {10**400}}}]}}',
             "row 1: the step must be a finite number, got 10+",
         ),
-        ("a.json", "{", "is not JSON"),
+        ("a.JSON", "{", "is not JSON"),
     ],
 )
 def test_damaged_files_are_named_with_the_field(tmp_path, name, content, message):
