@@ -420,6 +420,21 @@ def _hand_batch():
 PLACES = {"layers": "decoder.blocks", "norm": "decoder.norm"}
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_layers_of_another_part_are_said_to_be_none_of_the_decoders(check):
+    path = "model.vision_tower.encoder.layers"
+    message = (
+        rf"layers='{path}': decoder layer 0 gave \[4, 10, 16\] where .* B, S = \[4, 19\] of input_ids was "
+        "expected: these are not the layers of the text decoder, which would do, or the model inserts"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate_mir(tiny_llava(), Probe([tiny_batch()]), layers=path, check=check)
+    model = tiny_llava()
+    model.idle = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"layers='idle': the decoder's (first|last) layer did not run"):
+        evaluate_mir(model, Probe([tiny_batch()]), layers="idle", check=check)
+
+
 def test_nothing_writes_into_a_probe():
     batch = _hand_batch()
     probe = Probe([batch])
