@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mir_lightning.files import check_json, read_json, regular_file
+from mir_lightning.files import LARGEST, check_json, read_json, regular_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,12 +138,12 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # nor is NaN
 
 
 def literal(text: str) -> str:
     """A text that matplotlib shows as it is: what stands between dollar signs would be mathematics."""
-    return text.replace("$", r"\$")
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")  # it cannot show half a character
 
 
 def report_figure(runs: Sequence[Run]) -> Figure:

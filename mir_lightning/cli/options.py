@@ -163,7 +163,7 @@ class EvaluationOptions(ProbeOptions):
         if self.json:
             self.json.write_text(json.dumps(result, indent=1))
         if self.csv:
-            with self.csv.open("w", newline="", encoding="utf-8") as file:
+            with self.csv.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 csv.writer(file).writerows(table)
         if self.plot:
             figure().savefig(self.plot)
