@@ -2,7 +2,6 @@
 
 import json
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+LARGEST = 1e300  # of larger numbers sums and pictures overflow
+
 _PLAIN = {
     str: ("a text", lambda value: isinstance(value, str)),
     int: ("a whole number", lambda value: type(value) is int),
-    float: ("a finite number", lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max),
+    float: (f"a number within {LARGEST:g}", lambda value: type(value) in (int, float) and abs(value) <= LARGEST),
 }
 
 
@@ -58,8 +59,8 @@ def _value(text: bytes, place: str) -> Any:
 def check_json(place: str, value: Any, schema: Any, field: str = "it") -> None:
     """Raise a ``ValueError`` that begins with ``place`` and names the first field that does not fit.
 
-    A schema is ``str``, ``int`` or ``float`` (finite); for a list ``[schema]``, or a schema for each of its items;
-    for an object a dict of the fields that it needs.
+    A schema is ``str``, ``int`` or ``float`` (within 1e300); for a list ``[schema]``, or a schema for each of its
+    items; for an object a dict of the fields that it needs.
     """
     if isinstance(schema, dict):
         wanted, fits = "an object", isinstance(value, dict)

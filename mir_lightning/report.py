@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mir_lightning.files import check_json, read_json, regular_file
+from mir_lightning.files import LARGEST, check_json, read_json, regular_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +91,7 @@ def read_run(path: Path) -> Run:
     pieces = [_curves(files[0])]
     if not pieces[0]:
         raise ValueError(f"{files[0]} holds no curve.")
-    for file in files[1:] if files[0].suffix == ".csv" else ():  # a trainer_state.json holds the whole run
+    for file in files[1:] if files[0].suffix.lower() == ".csv" else ():  # a trainer_state.json holds the whole run
         if not (earlier := _curves(file)):
             continue
         if min(map(min, earlier.values())) >= min(map(min, pieces[-1].values())):
@@ -106,7 +106,7 @@ def read_run(path: Path) -> Run:
 
 def _curves(file: Path) -> dict[str, dict[int, float]]:
     """Values by step, by name."""
-    if file.suffix == ".json":
+    if file.suffix.lower() == ".json":
         state = read_json(file)
         check_json(f"{file} is no trainer_state.json", state, {"log_history": [{}]})
         rows = state["log_history"]
@@ -140,12 +140,12 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= LARGEST else None  # nor is NaN
 
 
 def literal(text: str) -> str:
     """A text that matplotlib shows as it is: what stands between dollar signs would be mathematics."""
-    return text.replace("$", r"\$")
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")  # it cannot show half a character
 
 
 def report_figure(runs: Sequence[Run]) -> Figure:

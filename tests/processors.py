@@ -1,10 +1,13 @@
 """Tiny random vision-language models of several families, each with a processor."""
 
+import json
 from functools import cache
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tests.families import build_family
 
 _TEXT = """What colour is the star? Answer: red green blue yellow purple black. The star is red. The cross is
 green. How many circles are there? one two three four. Question: Short answer: Is the square small or large?
@@ -191,3 +194,29 @@ def build(name, seed=0, **options):
             if parameter.ndim > 1:
                 parameter.normal_(std=0.2)
     return model.eval(), processor
+
+
+_QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+)
+
+
+def save_qwen2_vl(folder, tokens_of):
+    """A tiny Qwen2-VL as one with torchvision writes it, with the tokenizer of another folder; gives the model."""
+    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokens = transformers.AutoTokenizer.from_pretrained(tokens_of)
+    tokens.add_special_tokens({"additional_special_tokens": marks})
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict(zip(names, tokens.convert_tokens_to_ids(marks), strict=True))
+    model = build_family("qwen2_vl", **ids, vocab_size=len(tokens))
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    pixels = {"patch_size": 4, "merge_size": 2, "min_pixels": 64, "max_pixels": 1024}
+    transformers.Qwen2VLImageProcessorPil(**pixels).save_pretrained(folder)
+    videos = {"video_processor_type": "Qwen2VLVideoProcessor", **pixels}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor"}))
+    (folder / "chat_template.jinja").write_text(_QWEN_TEMPLATE)
+    return model

@@ -80,7 +80,7 @@ def test_what_is_no_run_is_named(tmp_path):
         ("metrics.csv", "step,mir\n1,1.5\nx,1.4\n", "row 2: the step must be a finite number, got 'x'"),
         ("metrics.csv", "step,mir\nnan,1.5\n", "row 1: the step must be a finite number, got 'nan'"),
         ("metrics.csv", "step,mir\n\x8f\n", "is no CSV file: "),
-        ("metrics.csv", "step,mir\n0,nan\n1,inf\n", "holds no curve"),
+        ("metrics.csv", "step,mir\n0,nan\n1,inf\n2,1e308\n3,-1e308\n", "holds no curve"),
         ("a.json", "[1]", "is no trainer_state.json: it must be an object, got"),
         (
             "a.json",
@@ -98,7 +98,7 @@ def test_what_is_no_run_is_named(tmp_path):
             f'{{"log_history": [{{"step": {10**400}}}]}}',
             "row 1: the step must be a finite number, got 10+",
         ),
-        ("a.json", "{", "is not JSON"),
+        ("a.JSON", "{", "is not JSON"),
     ],
 )
 def test_damaged_files_are_named_with_the_field(tmp_path, name, content, message):
@@ -109,7 +109,10 @@ def test_damaged_files_are_named_with_the_field(tmp_path, name, content, message
 
 def test_damaged_scores_are_named(tmp_path, capsys):
     folders = [str(_write_run(tmp_path / f"run{i}", [1.5])) for i in range(3)]
-    for content, message in (("[]", "it must be an object"), ('{"run0": "x"}', "run0 must be a finite number")):
+    for content, message in (
+        ("[]", "it must be an object"),
+        ('{"run0": "x"}', "run0 must be a number within 1e+300"),
+    ):
         (tmp_path / "scores.json").write_text(content)
         assert cli.main(["report", *folders, "--score", str(tmp_path / "scores.json")]) == 1
         assert f"scores.json must hold an object of run names and numbers: {message}" in capsys.readouterr().err
@@ -134,11 +137,11 @@ def test_one_legend_tells_the_runs_apart(tmp_path):
 
 
 def test_names_are_shown_as_they_are(tmp_path):
-    names = ["$a_{1}$", "_b<i>"]
+    names = ["$a_{1}$", "_b<i>", "\udcff"]
     runs = [Run(name, {"mir": [(0, 1.0), (1, 0.5)]}) for name in names]
     figure = report_figure(runs)
     shown = [text._preprocess_math(text.get_text()) for text in figure.legends[0].get_texts()]
-    assert shown == [(name, False) for name in names]
+    assert shown == [(name, False) for name in (*names[:2], r"\udcff")]
     assert "_b&lt;i&gt;" in report_page(runs, figure, [], "")
 
 

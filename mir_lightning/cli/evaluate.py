@@ -19,7 +19,7 @@ from mir_lightning.cli.models import load_model, load_processor
 from mir_lightning.cli.options import AUTO_BATCH_SIZE, EvaluationOptions, ProbeOptions, flags, option
 from mir_lightning.cli.probe import choose_pairs, source_of
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
-from mir_lightning.probing.pairs import PairProbe
+from mir_lightning.probing.pairs import PairProbe, check_prompt
 from mir_lightning.probing.probe import Probe
 from mir_lightning.report import literal
 from mir_lightning.vlm import find_vlm
@@ -58,7 +58,9 @@ def evaluate_source(source: str, options: EvaluationOptions) -> dict[str, Any]:
     else:
         pairs = choose_pairs(options)
         origin, size = source_of(pairs), options.batch_size or AUTO_BATCH_SIZE
-        processor, model = load_processor(source, options.processor), load_model(source, options)
+        processor = load_processor(source, options.processor)
+        check_prompt(options.prompt, processor)
+        model = load_model(source, options)
         while True:
             made = PairProbe(processor, find_vlm(model).config, pairs, size, options.prompt, options.text)
             prompt = made.prompt or "chat template"

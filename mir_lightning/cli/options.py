@@ -12,14 +12,19 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from mir_lightning.functional.mir import Variant
+from mir_lightning.probing.pairs import check_prompt
 from mir_lightning.vlm import TextPositions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AUTO_BATCH_SIZE = 8  # at most
-_READ = ("model", "sources", "runs", "score", "data", "texts", "probe")
+# What is read, and what of it where that is a folder.
+_READ = dict.fromkeys(("model", "processor", "sources", "score", "data", "images", "texts", "probe"), "*")
+_READ |= {"image_folder": "**/*", "runs": "**/*.[cj]s*"}
 _WRITTEN = ("output", "json", "csv", "plot", "html")
 
 
@@ -63,6 +68,19 @@ def output_file(value: str) -> Path:
     return path
 
 
+def device(value: str) -> str:
+    """A device that can be computed on here."""
+    try:
+        if value != "auto":
+            torch.zeros(1, device=value).tolist()
+    except Exception as error:  # each kind of device fails in its own way
+        message = (
+            f"must be auto, cpu, or another device that torch finds here, such as cuda or cuda:1, got {value!r}"
+        )
+        raise ArgumentTypeError(message) from error
+    return value
+
+
 def share(value: str) -> float:
     """An argument that is a part of a whole."""
     try:
@@ -91,6 +109,14 @@ def picture_file(value: str) -> Path:
     return output_file(value)
 
 
+def _identity(path: Path) -> Any:
+    """What two paths of one file have in common, hard links too."""
+    try:
+        return (found := path.stat()).st_dev, found.st_ino
+    except OSError:
+        return path.resolve()
+
+
 @dataclass(kw_only=True)
 class Command:
     """All commands."""
@@ -100,13 +126,15 @@ class Command:
 
     def __post_init__(self) -> None:
         """A ``ValueError`` names a file to write that is read or written as another one as well."""
-        taken: dict[Path, str] = {}
-        for name in (*_READ, *_WRITTEN):
-            value = getattr(self, name, None) or []
-            for path in value if isinstance(value, list) else [value]:
-                other = taken.setdefault(Path(path).resolve(), name)
-                if name in _WRITTEN and other != name:
-                    raise ValueError(f"{name}: {path} is the file of {other} as well; it would be overwritten.")
+        given: dict[str, Any] = {name: getattr(self, name, None) or [] for name in (*_READ, *_WRITTEN)}
+        overwrites = any(Path(given[name]).exists() for name in _WRITTEN if given[name])
+        taken: dict[Any, str] = {}
+        for name, value in given.items():
+            for path in map(Path, value if isinstance(value, list) else [value]):
+                for file in (path, *(path.glob(_READ[name]) if overwrites and name in _READ else ())):
+                    other = taken.setdefault(_identity(file), name)
+                    if name in _WRITTEN and other != name:
+                        raise ValueError(f"{name}: {path} is a file of {other} as well; it would be overwritten.")
 
 
 @dataclass(kw_only=True)
@@ -132,13 +160,18 @@ class ProbeOptions(Command):
     )
     processor: str | None = option("folder or hub id of the processor, if it is not beside the model")
 
+    def __post_init__(self) -> None:
+        """A ``ValueError`` if ``prompt`` is no format of a pair."""
+        super().__post_init__()
+        check_prompt(self.prompt)
+
 
 @dataclass(kw_only=True)
 class EvaluationOptions(ProbeOptions):
     """Evaluation."""
 
     probe: Path | None = option('file that "mir-lightning probe" wrote, instead of all of the above')
-    device: str = option("torch device; auto is cuda if there is one", "auto")
+    device: str = option("torch device; auto is cuda if there is one", "auto", type=device)
     device_map: str | None = option('"auto" spreads the model over devices (needs accelerate)', metavar="MAP")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "of the weights; auto is the saved one, on a CPU float32 where it would have to emulate that", "auto"
@@ -163,7 +196,7 @@ class EvaluationOptions(ProbeOptions):
         if self.json:
             self.json.write_text(json.dumps(result, indent=1))
         if self.csv:
-            with self.csv.open("w", newline="", encoding="utf-8") as file:
+            with self.csv.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 csv.writer(file).writerows(table)
         if self.plot:
             figure().savefig(self.plot)

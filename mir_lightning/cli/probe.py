@@ -15,6 +15,7 @@ from mir_lightning.cli.models import base_of_adapter, load_processor
 from mir_lightning.cli.options import AUTO_BATCH_SIZE, ProbeOptions, flags, option, output_file
 from mir_lightning.llava.data.prompts import IMAGE
 from mir_lightning.llava.data.records import image_path, read_records
+from mir_lightning.llava.model.saving import naming
 from mir_lightning.probing.pairs import Pair, PairProbe, check_characters, read_pairs, readable_pairs
 
 
@@ -29,7 +30,9 @@ class Probe(ProbeOptions):
         """Choose, process, save."""
         pairs = choose_pairs(self)
         processor = load_processor(self.model, self.processor)
-        config = AutoConfig.from_pretrained(base_of_adapter(self.model) or self.model)
+        place = base_of_adapter(self.model) or self.model
+        with naming(place):
+            config = AutoConfig.from_pretrained(place)
         size = self.batch_size or AUTO_BATCH_SIZE
         probe = PairProbe(processor, config, pairs, size, self.prompt, self.text)
         probe.save(self.output, source=source_of(pairs), model=self.model, text=self.text)

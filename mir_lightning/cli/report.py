@@ -31,7 +31,8 @@ class Report(Command):
         rows = [row for row in rows if row.metric != self.score]
         figure = report.report_figure(runs)
         if self.html:
-            self.html.write_text(report.report_page(runs, figure, rows, self.score or ""), encoding="utf-8")
+            page = report.report_page(runs, figure, rows, self.score or "")
+            self.html.write_text(page, encoding="utf-8", errors="backslashreplace")
         if self.plot:
             figure.savefig(self.plot)
         for run in runs:

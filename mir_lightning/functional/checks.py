@@ -36,6 +36,10 @@ def check_loaded(place: str | Path, found: Mapping[str, Iterable[Any]], parts: b
     if not parts:
         reasons["unexpected_keys"] = "unknown to the model"
     for key, reason in reasons.items():
-        if names := sorted(map(str, found[key])):
+        if names := sorted(each if isinstance(each, str) else _shapes(*each) for each in found[key]):
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(f"{place}: weights are {reason}: {shown}.")
+
+
+def _shapes(name: str, saved: Iterable[int], own: Iterable[int]) -> str:
+    return f"{name} ({[*saved]} in the file, {[*own]} in the model)"

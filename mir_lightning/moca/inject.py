@@ -205,7 +205,8 @@ def from_pretrained(
 
     own = {"__init__": initialise, "__module__": base.__module__, "__qualname__": base.__qualname__}
     calibrated: Any = type(base.__name__, (base,), own)
-    model, report = calibrated.from_pretrained(folder, output_loading_info=True, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    model, report = calibrated.from_pretrained(folder, **options)
     model.__class__ = base
     missing = sorted(key for key in report["missing_keys"] if ".moca." in key)
     if missing:

@@ -70,11 +70,21 @@ def _cut(key: str, value: Any, samples: slice, total: int, unsure: bool) -> Any:
     if isinstance(value, Mapping):
         return {name: _cut(f"{key}.{name}", inner, samples, total, unsure) for name, inner in value.items()}
     listed = isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0)
-    rows = listed and len(value) == total
-    pixels = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2
-    if rows and not (pixels and unsure):
+    doubt = _doubt(value, unsure) if listed and len(value) == total else "it has no row for each"
+    if doubt is None:
         return value[samples]
     raise torch.OutOfMemoryError(
-        f"a batch of the probe does not fit into memory and cannot be cut in two: {key} has no row for each of "
-        f"its {total} samples{', or pictures of some have several' * pixels}. Give the probe smaller batches."
+        f"a batch of the probe does not fit into memory and cannot be cut in two by {key}: {doubt} of its {total} "
+        "samples. Give the probe smaller batches."
     )
+
+
+def _doubt(value: Any, unsure: bool) -> str | None:
+    """Why as many entries as samples might not be one of each."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        pictures = value.ndim > 2 and any(kind in str(value.dtype) for kind in ("float", "uint8"))
+    elif all(isinstance(item, (int, float, complex)) or getattr(item, "ndim", None) == 0 for item in value):
+        return "its numbers may be one of each (as a tensor they would be), or all be"
+    else:
+        pictures = not any(item is None or isinstance(item, (str, bytes, list, tuple, Mapping)) for item in value)
+    return "it has an entry for each by number only, and pictures may be several" if pictures and unsure else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import stat
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from mir_lightning.files import regular_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,8 +43,8 @@ def read_image(
 
     name = name or str(source)
     try:
-        if not isinstance(source, BytesIO) and not stat.S_ISREG(Path(source).stat().st_mode):
-            raise UnreadableImageError(f"{name}: not a regular file")
+        if not isinstance(source, BytesIO):
+            regular_file(source)
         Image.init()
         with Image.open(source, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
             if image.width * image.height > max_pixels:

@@ -76,6 +76,7 @@ class Network:
         self.device = execution_device(self.model)
         self.dtype = compute_dtype(self.model)
         self._norm = norm
+        self._chosen = "" if layers is None else f"layers={layers!r}: "
         accepted = inspect.signature(type(self.vlm or self.model).forward).parameters
         passes_on = self.vlm is not None and any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         self._no_cache = {"use_cache": False} if "use_cache" in accepted or passes_on else {}
@@ -144,7 +145,7 @@ class Network:
             if not states:
                 raise ValueError("hidden_states gave no layer.")
             for layer, hidden in enumerate(states):
-                reduce(_sequence_states(hidden, masks.vision, layer), layer, len(states))
+                reduce(self._sequence_states(hidden, masks.vision, layer), layer, len(states))
             return None
         assert self.decoder is not None
         total = len(self.decoder.layers)
@@ -157,10 +158,11 @@ class Network:
         def after_layer(block: nn.Module, output: Any) -> None:
             if not places[block]:
                 raise ValueError(
-                    f"a decoder layer ({type(block).__name__}) ran more often than it is in the list."
+                    f"{self._chosen}a decoder layer ({type(block).__name__}) ran more often than it is in "
+                    "the list."
                 )
             layer = places[block].pop(0)
-            hidden = _sequence_states(output, masks.vision, layer)
+            hidden = self._sequence_states(output, masks.vision, layer)
             if layer + 1 == total:
                 final[:] = [hidden]
             else:
@@ -178,7 +180,7 @@ class Network:
                 hooks.callback(norm.register_forward_hook(lambda _m, _a, out: after_norm(out)).remove)
             output = self.run(inputs)
         if not final:
-            raise ValueError("the decoder's last layer did not run in the model's forward pass.")
+            raise ValueError(f"{self._chosen}the decoder's last layer did not run in the model's forward pass.")
         if self._norm is not None and not normed:
             raise ValueError(f"norm={self._norm!r} did not run after the decoder's last layer.")
         reduce(final[0], total - 1, total)
@@ -254,28 +256,32 @@ class Network:
             self.run(inputs)
         finally:
             handle.remove()
+        if not seen:
+            raise ValueError(f"{self._chosen}the decoder's first layer did not run in the model's forward pass.")
         return seen[0]
 
-
-def _sequence_states(output: Any, vision_mask: Tensor, layer: int) -> Tensor:
-    """The ``[B, S, H]`` hidden states in a decoder layer's output."""
-    hidden = output[0] if isinstance(output, tuple) else output
-    expected = list(vision_mask.shape)
-    if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == vision_mask.shape:
-        return hidden
-    given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-    why = "is not supported"
-    if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[0] == expected[0]:
-        why = (
+    def _sequence_states(self, output: Any, vision_mask: Tensor, layer: int) -> Tensor:
+        """The ``[B, S, H]`` hidden states in a decoder layer's output."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        expected = list(vision_mask.shape)
+        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == vision_mask.shape:
+            return hidden
+        given = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        inserts = (
             "inserts vision tokens inside the model, and their positions are not known outside: give "
             "hidden_states, and a vision_mask over those positions"
         )
-    elif isinstance(hidden, Tensor) and hidden.ndim == 4:
-        why = "keeps parallel residual streams apart, and is not supported: none is the whole"
-    raise ValueError(
-        f"decoder layer {layer} gave {given} where [B, S, H] with B, S = {expected} of input_ids was expected: "
-        f"the model {why}."
-    )
+        why = "the model is not supported"
+        if self._chosen:
+            why = f"these are not the layers of the text decoder, which would do, or the model {inserts}"
+        elif isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[0] == expected[0]:
+            why = f"the model {inserts}"
+        elif isinstance(hidden, Tensor) and hidden.ndim == 4:
+            why = "the model keeps parallel residual streams apart, and is not supported: none is the whole"
+        raise ValueError(
+            f"{self._chosen}decoder layer {layer} gave {given} where [B, S, H] with B, S = {expected} of "
+            f"input_ids was expected: {why}."
+        )
 
 
 def _with_other_pixels(inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:

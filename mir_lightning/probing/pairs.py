@@ -88,6 +88,18 @@ def check_characters(place: str, text: str) -> None:
         raise ValueError(f"{place} holds half of a character, the lone surrogate {half[0]!r}.")
 
 
+def check_prompt(prompt: str | None, processor: Any = None) -> None:
+    """Raise a ``ValueError`` unless a format has ``{image}`` once, ``{text}``, and no placeholder of pictures."""
+    if prompt is None:
+        return
+    check_characters("prompt (--prompt)", prompt)
+    if prompt.count("{image}") != 1 or "{text}" not in prompt:
+        raise ValueError(f"prompt (--prompt) must hold {{image}} once, and {{text}}, got {prompt!r}.")
+    token = getattr(processor, "image_token", None)
+    if token and str(token) in prompt:
+        raise ValueError(f"prompt (--prompt) holds the image placeholder {token!r}, which {{image}} stands for.")
+
+
 def readable_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
     """The pairs all of whose images decode, and for each that does not its path and why."""
     kept, unreadable = [], []
@@ -117,8 +129,8 @@ class PairProbe(Probe):
         text: which positions count as text.
 
     Raises:
-        ValueError: if there are no pairs, or ``prompt`` lacks a part; when a batch is made, for an unreadable
-            image or a text that holds the image placeholder.
+        ValueError: if there are no pairs, or ``prompt`` is not such a format; when a batch is made, for an
+            unreadable image or a text that holds the image placeholder.
     """
 
     def __init__(
@@ -131,8 +143,7 @@ class PairProbe(Probe):
         text: TextPositions = "after_vision",
     ) -> None:
         check_at_least_one(batch_size=batch_size, pairs=len(pairs))
-        if prompt is not None and ("{image}" not in prompt or "{text}" not in prompt):
-            raise ValueError(f"prompt must hold {{image}} and {{text}}, got {prompt!r}.")
+        check_prompt(prompt, processor)
         self.processor = processor
         self.config = config
         self.pairs = [list(pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size)]

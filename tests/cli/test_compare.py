@@ -54,9 +54,10 @@ def test_what_is_not_comparable_is_refused(run, shared, results, tmp_path):
     [
         ({"layers": []}, "layers must be a list of one or more"),
         ({"model": None}, "model must be a text"),
-        ({"mir": "low"}, "mir must be a finite number, got 'low'"),
-        ({"mir": 10**400}, "mir must be a finite number, got 1000"),
-        ({"mir_robust": float("nan")}, "mir_robust must be a finite number, got nan"),
+        ({"mir": "low"}, "mir must be a number within 1e+300, got 'low'"),
+        ({"mir": 10**400}, "mir must be a number within 1e+300, got 1000"),
+        ({"mir_robust": float("nan")}, "mir_robust must be a number within 1e+300, got nan"),
+        ({"layers": [1e308]}, "layers[0] must be a number within 1e+300, got 1e+308"),
         ({"effective_rank": [[1.0]]}, "effective_rank[0] must be a list of 2"),
         ({"vision_tokens": "many"}, "vision_tokens must be a whole number"),
     ],
@@ -69,17 +70,20 @@ def test_damaged_results_are_named_with_the_field(run, results, change, message)
 
 
 def test_names_are_shown_as_they_are(run, results, tmp_path, monkeypatch):
-    """Neither as mathematics, nor as markup, nor hidden from the legend for a leading underscore."""
-    names = ["$a_{1}$", "_b[red]"]
+    """Neither as mathematics, nor as markup, nor hidden for a leading underscore, nor failing at half a letter."""
+    names = ["$a_{1}$", "_b[red]", r"half\ud800"]
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, place: figures.append(figure))
     for name, file in zip(names, results, strict=False):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"model": f"models/{name}"}))
-    done = run("compare", *results[:2], "--plot", tmp_path / "curves.png", pairs=False)
+        model = f"models/{name}".replace(r"\ud800", "\ud800")
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model": model, "variant": "paper"}))
+    files = ["--plot", tmp_path / "curves.png", "--csv", tmp_path / "table.csv"]
+    done = run("compare", *results, *files, pairs=False)
     assert sorted(line.split()[0] for line in done.out.splitlines()[1:]) == names
+    assert sorted(row["model"] for row in csv.DictReader((tmp_path / "table.csv").open())) == names
     texts = figures[0].axes[0].get_legend().get_texts()
     shown = sorted(text._preprocess_math(text.get_text()) for text in texts)
-    assert [math for _, math in shown] == [False, False]
+    assert not any(math for _, math in shown)
     assert [text.split(" (MIR")[0] for text, _ in shown] == names
 
 

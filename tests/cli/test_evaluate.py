@@ -67,7 +67,7 @@ def test_automatic_batches_shrink_where_the_engine_cannot_cut_them(run, shared, 
     assert run("eval", shared.root / "model", "--no-check").status == 0
     assert tried == [3, 1, 1, 1]
     assert (
-        "cannot be cut in two: not_by_row"
+        "cannot be cut in two by not_by_row"
         in run("eval", shared.root / "model", "--no-check", "--batch-size", 3).err
     )
 
@@ -157,6 +157,14 @@ def test_a_model_that_has_diverged_is_told_by_a_weight(run, shared, tmp_path, pa
     done = run("eval", tmp_path)
     assert done.status == 1
     assert f"the model has diverged: its weight {name} is not finite." in done.err
+
+
+def test_a_prompt_with_the_image_token_is_refused_before_the_model_is_loaded(run, shared, monkeypatch):
+    monkeypatch.setattr("mir_lightning.cli.evaluate.load_model", None)
+    token = shared.processor.image_token
+    done = run("eval", shared.root / "model", "--prompt", f"{token} {{image}} {{text}}")
+    assert done.status == 1
+    assert f"prompt (--prompt) holds the image placeholder {token!r}, which {{image}} stands for." in done.err
 
 
 def test_a_line_break_in_the_prompt(run, shared):

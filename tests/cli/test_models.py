@@ -1,5 +1,5 @@
-import json
 import os
+import pickle
 import shutil
 from argparse import Namespace
 from contextlib import nullcontext
@@ -8,42 +8,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2VLImageProcessorPil
 
 from mir_lightning import evaluate_mir
 from mir_lightning.cli.models import base_of_adapter, load_model, load_processor
 from mir_lightning.probing.pairs import PairProbe, read_pairs
-from tests.families import build_family
 from tests.models import tiny_llava
-
-_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-    "{% endfor %}"
-)
-_MARKS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+from tests.processors import save_qwen2_vl
 
 
 @pytest.fixture
 def qwen_folder(shared, tmp_path):
-    """A Qwen2-VL folder as one with torchvision writes it."""
-    tokenizer = type(shared.processor.tokenizer).from_pretrained(shared.root / "model")
-    tokenizer.add_special_tokens({"additional_special_tokens": _MARKS})
-    image, video, start, end = (tokenizer.get_vocab()[mark] for mark in _MARKS)
-    model = build_family(
-        "qwen2_vl",
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-        vocab_size=len(tokenizer),
-    )
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024).save_pretrained(tmp_path)
-    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor"}))
-    (tmp_path / "chat_template.jinja").write_text(_TEMPLATE)
-    return tmp_path, model
+    return tmp_path, save_qwen2_vl(tmp_path, shared.root / "model")
 
 
 def test_a_processor_with_a_video_part_serves_images_without_torchvision(qwen_folder, shared):
@@ -55,6 +30,8 @@ def test_a_processor_with_a_video_part_serves_images_without_torchvision(qwen_fo
     row = batch["input_ids"][1]
     said = processor.tokenizer.decode(row[batch["text_mask"][1]])
     assert said == "A short story.<|im_end|>\n"  # no <|vision_end|>
+    again = pickle.loads(pickle.dumps(processor))  # as workers that are spawned get it
+    assert PairProbe(again, model.config, pairs, 3).fingerprint == probe.fingerprint
     result = evaluate_mir(model, probe, check=True)
     assert result.vision_tokens == int((batch["input_ids"] == model.config.image_token_id).sum())
     assert result.checked

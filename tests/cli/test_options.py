@@ -52,11 +52,17 @@ def test_outputs_are_refused_before_the_work(run, shared, tmp_path, option, plac
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "m", "--json", "a", "--csv", "./a"], "csv: a is the file of json as well"),
-        (["eval", "m", "--probe", "a", "--json", "a"], "json: a is the file of probe as well"),
-        (["compare", "a.json", "b.json", "--json", "b.json"], "json: b.json is the file of sources as well"),
-        (["probe", "m", "--data", "a.json", "-o", "a.json"], "output: a.json is the file of data as well"),
-        (["report", "a.csv", "--html", "a.csv"], "html: a.csv is the file of runs as well"),
+        (["eval", "m", "--json", "a", "--csv", "./a"], "csv: a is a file of json as well"),
+        (["eval", "m", "--probe", "a", "--json", "a"], "json: a is a file of probe as well"),
+        (["compare", "a.json", "b.json", "--json", "b.json"], "json: b.json is a file of sources as well"),
+        (["probe", "m", "--data", "a.json", "-o", "a.json"], "output: a.json is a file of data as well"),
+        (["report", "a.csv", "--html", "a.csv"], "html: a.csv is a file of runs as well"),
+        (
+            ["eval", "m", "--prompt", "{image}{image} {text}"],
+            "prompt (--prompt) must hold {image} once, and {text}, got",
+        ),
+        (["eval", "m", "--prompt", "{image}"], "prompt (--prompt) must hold {image} once, and {text}, got"),
+        (["eval", "m", "--prompt", "{image}\udcff{text}"], "prompt (--prompt) holds half of a character"),
         (["eval", "m", "--device", "cpu", "--device-map", "auto"], "--device cpu and --device-map auto exclude"),
         (["eval", "m", "--data", "a", "--images", "b", "--texts", "c"], "--images, --texts: --images goes with"),
         (["eval", "m", "--images", "b", "--texts", "c", "--image-folder", "d"], "--image-folder: --images goes"),
@@ -66,6 +72,44 @@ def test_what_excludes_each_other_is_refused_before_the_work(arguments, message,
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 1
     assert f"mir-lightning: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [
+        ("texts", ["eval", "m", "--texts", "d"]),
+        ("images", ["eval", "m", "--images", "d"]),
+        ("image_folder", ["eval", "m", "--data", "a", "--image-folder", "."]),
+        ("model", ["eval", "d"]),
+        ("sources", ["compare", "d"]),
+        ("processor", ["eval", "m", "--processor", "d"]),
+        ("runs", ["report", "."]),
+        ("data", ["eval", "m", "--data", "d/a.csv"]),
+    ],
+)
+def test_a_file_in_a_folder_that_is_read_is_not_overwritten(tmp_path, monkeypatch, capsys, option, command, link):
+    monkeypatch.chdir(tmp_path)
+    Path("d").mkdir()
+    Path("d/a.csv").write_text("step,mir\n0,1\n")
+    if link:
+        link(Path("d/a.csv").absolute(), "b.csv")
+    place = "b.csv" if link else "d/a.csv"
+    written = "html" if option == "runs" else "csv"
+    assert cli.main([*command, f"--{written}", place]) == 1
+    assert f"{written}: {place} is a file of {option} as well; it would be over" in capsys.readouterr().err
+    assert Path("d/a.csv").read_text() == "step,mir\n0,1\n"
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta", ""])
+def test_a_device_is_one_to_compute_on(device, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["eval", "m", "--device", device])
+    assert stop.value.code == 2
+    message = (
+        "argument --device: must be auto, cpu, or another device that torch finds here, such as cuda or cuda:1"
+    )
+    assert f"{message}, got '{device}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["-1", "nan", "1", "some"])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
-from mir_lightning.llava.model.backbones import ModelSource, build_processor
+from mir_lightning.llava.model.backbones import ModelSource, build_model, build_processor
 from mir_lightning.llava.model.module import LlavaPretraining, LoraOptions
 from mir_lightning.llava.model.saving import export, load_part, load_vlm, load_whole
 from mir_lightning.llava.model.stages import Part, Stage
@@ -111,18 +111,39 @@ def _changed(folder, change):
     return str(folder)
 
 
+def _first_row(tensors, name):
+    tensors[name] = tensors[name][:1].clone()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            lambda t: _first_row(t, next(k for k in t if "q_proj" in k)),
+            r"weights are of another shape: .*q_proj\.weight \(\[1, 24\] in the file, \[24, 24\] in the model\)\.",
+        ),
         (lambda t: t.pop(next(k for k in t if "q_proj" in k)), r"weights are missing: .*q_proj\.weight\."),
         (lambda t: t.update(extra=torch.zeros(3)), r"weights are unknown to the model: extra\."),
         (lambda t: [t.pop(k) for k in sorted(t) if "mlp" in k], r"weights are missing: .* and \d+ more\."),
     ],
-    ids=["missing", "unknown", "many"],
+    ids=["shape", "missing", "unknown", "many"],
 )
 def test_a_model_with_other_weights_than_its_files_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load_vlm(_changed(tmp_path, change))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.ckpt", b""), ("A.CKPT", b"hello"), ("a.ckpt", None)])
+def test_a_run_from_a_damaged_checkpoint_names_it(tmp_path, name, content):
+    if content is None:
+        vlm = tiny_llava()
+        state = {f"vlm.{key}": value for key, value in vlm.state_dict().items()}
+        _first_row(state, "vlm.lm_head.weight")
+        torch.save({"vlm_config": vlm.config.to_dict(), "state_dict": state}, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s){name} cannot be loaded: .*Error\)"):
+        build_model(ModelSource(vlm=str(tmp_path / name)), None)
 
 
 def test_the_files_may_hold_more_than_the_encoder_but_not_less(tmp_path):

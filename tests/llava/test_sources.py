@@ -71,8 +71,8 @@ def test_records_of_both_kinds_of_files(tmp_path):
     records = [_record(0, "a.png"), _record(1, ["a.png", "b.png"])]
     text = {"id": "t", "conversations": [{"from": "human", "value": "Hello"}]}
     (tmp_path / "a.json").write_text(json.dumps(records))
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r) for r in [*records, text]) + "\n\n")
-    dataset = Records([tmp_path / "a.json", tmp_path / "b.jsonl"], tmp_path)
+    (tmp_path / "b.JSONL").write_text("\n".join(json.dumps(r) for r in [*records, text]) + "\n\n")
+    dataset = Records([tmp_path / "a.json", tmp_path / "b.JSONL"], tmp_path)
     assert [record.images for record in dataset.records[2:]] == [("a.png",), ("a.png", "b.png"), ()]
     assert len(dataset) == len(dataset.lengths()) == 5
     assert dataset.lengths()[4] == -5

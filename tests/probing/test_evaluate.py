@@ -313,14 +313,14 @@ def test_everything_with_an_entry_a_sample_is_halved():
             raise torch.OutOfMemoryError("too large")
         hidden = torch.nn.functional.one_hot(batch["input_ids"], 64).float()
         for row, factors in enumerate(zip(batch["list"], batch["nested"]["array"], batch["tuple"], strict=True)):
-            hidden[row] *= factors[0] * factors[1] + factors[2]
+            hidden[row] *= factors[0][0] * factors[1] + len(factors[2] or "")
         return [hidden @ torch.linspace(0.1, 1, 64 * 8).view(64, 8).sin()]
 
     whole = tiny_batch(padded=0, labels=False)
     extras = {
-        "list": [1.0, 2.0, 3.0, 4.0],
+        "list": [[1.0], [2.0], torch.tensor([3.0]), [4.0]],
         "nested": {"array": np.array([5.0, 6.0, 7.0, 8.0])},
-        "tuple": (0.0, 1.0, 0.0, 2.0),
+        "tuple": ("", "a", None, "of"),
         "scale": 3,
         "vision_mask": whole["input_ids"] == IMAGE_TOKEN,
     }
@@ -341,14 +341,19 @@ def test_everything_with_an_entry_a_sample_is_halved():
 
 
 @pytest.mark.parametrize(
-    "extra", [torch.zeros(3), [1, 2, 3], {"inner": np.zeros(3)}], ids=["tensor", "list", "nested"]
+    ("extra", "message"),
+    [
+        (torch.zeros(3), "extra: it has no row for each"),
+        ([1, 2, 3], "extra: it has no row for each"),
+        ({"inner": np.zeros(3)}, r"extra\.inner: it has no row for each"),
+        ([336, 336, 3.0, 3], "extra: its numbers may be one of each"),
+        ({"inner": (np.float64(1), torch.tensor(2), 1, True)}, r"extra\.inner: its numbers may be one of each"),
+    ],
 )
-def test_batches_that_cannot_be_split_are_not_halved(extra):
+def test_batches_that_cannot_be_split_are_not_halved(extra, message):
     model = tiny_llava()
     model.register_forward_pre_hook(_refuse_more_than(1), with_kwargs=True)
-    with pytest.raises(
-        torch.OutOfMemoryError, match=r"cannot be cut in two: extra(\.inner)? has no row for each of its 4 samples"
-    ):
+    with pytest.raises(torch.OutOfMemoryError, match=rf"cannot be cut in two by {message}.* of its 4 samples"):
         evaluate_mir(model, Probe([{**tiny_batch(), "extra": extra}]))
 
 
@@ -474,6 +479,21 @@ def _hand_batch():
 PLACES = {"layers": "decoder.blocks", "norm": "decoder.norm"}
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_layers_of_another_part_are_said_to_be_none_of_the_decoders(check):
+    path = "model.vision_tower.encoder.layers"
+    message = (
+        rf"layers='{path}': decoder layer 0 gave \[4, 10, 16\] where .* B, S = \[4, 19\] of input_ids was "
+        "expected: these are not the layers of the text decoder, which would do, or the model inserts"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate_mir(tiny_llava(), Probe([tiny_batch()]), layers=path, check=check)
+    model = tiny_llava()
+    model.idle = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"layers='idle': the decoder's (first|last) layer did not run"):
+        evaluate_mir(model, Probe([tiny_batch()]), layers="idle", check=check)
+
+
 def test_nothing_writes_into_a_probe():
     batch = _hand_batch()
     probe = Probe([batch])
@@ -552,9 +572,14 @@ def test_pictures_that_are_a_samples_by_number_only_are_not_halved():
     batch = tiny_batch(batch=2, padded=0)
     batch["input_ids"][1] = 9  # no picture; the first sample has two
     batch["vision_mask"] = batch["input_ids"] == IMAGE_TOKEN
-    batches = MaskedBatches(Probe([batch]), [TokenMasks(batch["vision_mask"], ~batch["vision_mask"])]).halved()
-    with pytest.raises(torch.OutOfMemoryError, match=r"pixel_values has no row for each .* several"):
-        batches[0]
+    pixels = batch.pop("pixel_values")
+    for pictures, name in ((pixels, "pixel_values"), (pixels.numpy(), "array"), (list(pixels), "list")):
+        probe = Probe([{**batch, name: pictures}])
+        batches = MaskedBatches(probe, [TokenMasks(batch["vision_mask"], ~batch["vision_mask"])]).halved()
+        with pytest.raises(torch.OutOfMemoryError, match=f"by {name}: .* by number only"):
+            batches[0]
+    told = MaskedBatches(Probe([{**batch, "told": [[*pixels], []]}]), batches.masks).halved()
+    assert [len(told[part][0]["told"][0]) for part in (0, 1)] == [2, 0]
 
 
 def test_no_cache_is_made_where_the_signature_does_not_say_so():

@@ -56,7 +56,7 @@ def test_a_text_with_the_placeholder_is_refused(model, tiny_processor, pairs):
     bad = Pair(pairs[0].images, (f"Look: {tiny_processor.image_token}",))
     with pytest.raises(ValueError, match="holds the image placeholder"):
         PairProbe(tiny_processor, model.config, [bad])[0]
-    with pytest.raises(ValueError, match=r"prompt must hold \{image\} and \{text\}, got 'x'"):
+    with pytest.raises(ValueError, match=r"prompt \(--prompt\) must hold \{image\} once, and \{text\}, got 'x'"):
         PairProbe(tiny_processor, model.config, pairs, prompt="x")
 
 

@@ -1,6 +1,7 @@
 """The recipe as a user runs it, with the packaged real weights."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mir_lightning.llava.demo.weights import build_packaged_processor
+from mir_lightning.llava.model.backbones import ModelSource, build_processor
+from mir_lightning.llava.model.saving import load_vlm
+from tests.processors import save_qwen2_vl
+from tests.recipes.runs import curves_of, small_config, start
 
 ROOT = Path(__file__).parents[2]
 DEMO, UNFROZEN = (str(ROOT / "recipes" / "configs" / f"{name}.yaml") for name in ("demo", "demo_unfrozen"))
@@ -64,6 +71,26 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
 
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / named["model"])
     assert AutoProcessor.from_pretrained(tmp_path / named["model"]).image_token_id == model.config.image_token_id
+
+
+def test_a_family_with_a_video_processor_is_trained_and_saved_without_torchvision(tmp_path):
+    build_packaged_processor().save_pretrained(tmp_path / "tokens")
+    save_qwen2_vl(tmp_path / "vlm", tmp_path / "tokens")
+    config = small_config(tmp_path / "vlm", tmp_path)
+    config["trainer"] |= {"max_epochs": 1, "max_steps": 2}
+    config["model"]["stages"][0]["steps"] = 1
+    run = start(tmp_path, config)
+    assert run.returncode == 0, run.stderr
+    curves = curves_of(tmp_path)
+    assert {name for name, _ in curves} == {"train/loss", "mir", "mir_probe/loss"}
+    assert {step for name, step in curves if name == "mir"} == {0, 2}
+    processor = build_processor(ModelSource(vlm=str(tmp_path / "model")))
+    assert processor.image_token_id == load_vlm(str(tmp_path / "model")).config.image_token_id
+    saved = json.loads((tmp_path / "model" / "processor_config.json").read_text())
+    assert saved["processor_class"] == "Qwen2VLProcessor"
+    assert saved["video_processor"] == json.loads(
+        (tmp_path / "vlm" / "video_preprocessor_config.json").read_text()
+    )
 
 
 def test_print_config_of_several_files_is_the_run_that_would_start():

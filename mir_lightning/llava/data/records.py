@@ -57,9 +57,10 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         ValueError: naming the file and the record that does not fit, or where its JSON breaks off.
     """
-    if path.suffix not in (".json", ".jsonl"):
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: LLaVA data is a .json or .jsonl file.")
-    if path.suffix == ".json":
+    if suffix == ".json":
         records = read_json(path)
         if not isinstance(records, list):
             raise ValueError(f"{path} must hold a list of records, it holds {type(records).__name__}.")

@@ -9,7 +9,7 @@ from transformers import AutoConfig, LlavaProcessor, PreTrainedConfig, PreTraine
 
 from mir_lightning.llava.demo.weights import build_packaged_llava, build_packaged_processor
 from mir_lightning.llava.model.connector import FeatureSelect, connect, extra_features
-from mir_lightning.llava.model.saving import load_vlm, load_whole, processor_place
+from mir_lightning.llava.model.saving import load_processor, load_vlm, load_whole
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedMod
 def build_processor(source: ModelSource) -> LlavaProcessor:
     """Tokenizer and image processor of a source; the tokenizer gets an ``<image>`` token where it has none."""
     if source.vlm is not None:
-        return transformers.AutoProcessor.from_pretrained(processor_place(source.vlm))
+        return load_processor(source.vlm)
     if source.llm is None or source.vision is None:
         return build_packaged_processor()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.llm)

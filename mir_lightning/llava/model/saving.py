@@ -3,6 +3,8 @@
 import copy
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.utils import VIDEO_PROCESSOR_NAME, cached_file
 
 from mir_lightning import moca
-from mir_lightning.files import save_tensors
+from mir_lightning.files import read_json, regular_file, save_tensors
 from mir_lightning.functional.checks import check_loaded
 from mir_lightning.llava.trainer import BetweenSteps, DivergedError
 from mir_lightning.moca.inject import CONFIG_FLAG
@@ -29,24 +33,45 @@ _VLM_PREFIX = "vlm."  # where the recipe's LightningModule keeps the model
 _ADAPTER_PREFIX = "base_model.model."  # of every name in a file of peft
 
 
+@contextmanager
+def naming(place: str | Path) -> Iterator[None]:
+    """Errors of libraries that do not say what they read become a ``ValueError`` that does.
+
+    Pipes are refused before: those who load a folder would wait forever for what is written into one.
+    """
+    for path in (Path(place), *Path(place).glob("*")):
+        if path.exists() and not path.is_dir():
+            regular_file(path)
+    try:
+        yield
+    except Exception as error:
+        said = str(error)
+        tells = said.startswith(str(place)) or (isinstance(error, OSError) and str(place) in said)
+        if isinstance(error, ImportError) or tells:
+            raise
+        raise ValueError(f"{place} cannot be loaded: {said} ({type(error).__name__}).") from error
+
+
 def load_vlm(place: str, **options: Any) -> PreTrainedModel:
     """A whole vision-language model of a folder, a hub id, or a ``.ckpt`` of the recipe; with MoCa if it had it.
 
-    A checkpoint that is not the recipe's, or holds LoRA adapters, raises a ``ValueError``.
+    What is damaged, and a checkpoint that is not the recipe's or holds LoRA adapters, raise a ``ValueError``.
     """
-    if not place.endswith(".ckpt"):
-        if getattr(AutoConfig.from_pretrained(place), CONFIG_FLAG, False):
-            return moca.from_pretrained(place, **options)
-        return load_whole(AutoModelForImageTextToText, place, **options)
-    checkpoint = torch.load(place, map_location="cpu", weights_only=True)
-    if "vlm_config" not in checkpoint:
-        raise ValueError(f"{place} is no checkpoint of the recipe: it does not hold the model's config.")
-    state = checkpoint["state_dict"]
-    if any(".lora_" in name for name in state):
-        raise ValueError(f"{place} holds LoRA adapters: take the folder of the same name beside it, merged.")
-    model = _from_config(AutoConfig.for_model(**checkpoint["vlm_config"]), **options)
-    model.load_state_dict({k.removeprefix(_VLM_PREFIX): v for k, v in state.items() if k.startswith(_VLM_PREFIX)})
-    return model
+    with naming(place):
+        if not place.lower().endswith(".ckpt"):
+            if getattr(AutoConfig.from_pretrained(place), CONFIG_FLAG, False):
+                return moca.from_pretrained(place, **options)
+            return load_whole(AutoModelForImageTextToText, place, **options)
+        checkpoint = torch.load(place, map_location="cpu", weights_only=True)
+        if "vlm_config" not in checkpoint:
+            raise ValueError(f"{place} is no checkpoint of the recipe: it does not hold the model's config.")
+        state = checkpoint["state_dict"]
+        if any(".lora_" in name for name in state):
+            raise ValueError(f"{place} holds LoRA adapters: take the folder of the same name beside it, merged.")
+        model = _from_config(AutoConfig.for_model(**checkpoint["vlm_config"]), **options)
+        own = {name.removeprefix(_VLM_PREFIX): t for name, t in state.items() if name.startswith(_VLM_PREFIX)}
+        model.load_state_dict(own)
+        return model
 
 
 def load_whole(model_class: Any, place: str | Path, parts: bool = False, **options: Any) -> PreTrainedModel:
@@ -55,8 +80,10 @@ def load_whole(model_class: Any, place: str | Path, parts: bool = False, **optio
     Transformers draws missing weights at random, with a warning only. What a model ties or makes itself is not
     missing. ``parts``: the files may hold more, as those of a CLIP hold a text model beside the encoder.
     """
-    model, found = model_class.from_pretrained(place, output_loading_info=True, **options)
-    check_loaded(place, found, parts)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+    with naming(place):
+        model, found = model_class.from_pretrained(place, **options)
+        check_loaded(place, found, parts)
     return model
 
 
@@ -68,14 +95,53 @@ def _from_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     return model
 
 
-def processor_place(place: str) -> str:
-    """Where a model's processor lies: with it or, of a ``.ckpt``, in an export of its run, or a ``ValueError``."""
+def load_processor(place: str) -> Any:
+    """The processor that lies with a model or, of a ``.ckpt``, in an export of its run.
+
+    Where its video part cannot be built, for want of torchvision, it serves images without it.
+
+    Raises:
+        ValueError: if there is none, or it is damaged.
+        ImportError: if it needs a library that is not installed.
+    """
+    with naming(place), naming(found := _processor_place(place)):
+        try:
+            return AutoProcessor.from_pretrained(found)
+        except ImportError as error:
+            name = PROCESSOR_MAPPING_NAMES.get(AutoConfig.from_pretrained(found).model_type)
+            kind = processor_class_from_name(name) if isinstance(name, str) else None
+            try:
+                if kind is None or "video_processor" not in kind.get_attributes():
+                    raise error
+                processor = _images_only(kind).from_pretrained(found)
+            except ImportError as second:
+                needs = f"the processor at {found} needs torchvision: pip install torchvision ({second})"
+                raise ImportError(needs) from second
+            # What makes it is saved along, for who has torchvision: its own options, or else those of images.
+            alone = cached_file(found, VIDEO_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+            given = kind.get_processor_dict(found)[0].get("video_processor") or (alone and read_json(alone))
+            processor.video_processor = given or processor.image_processor.to_dict()
+            return processor
+
+
+def _images_only(kind: Any) -> Any:
+    """An empty processor of that class, without a video part; pickle makes it by this too."""
+    parts = [part for part in kind.get_attributes() if part != "video_processor"]
+    own: dict[str, Any] = {"get_attributes": classmethod(lambda cls: parts)}
+    own["__reduce__"] = lambda self: (_images_only, (kind,), vars(self))
+    made: Any = type(kind.__name__, (kind,), own)
+    return made.__new__(made)
+
+
+def _processor_place(place: str) -> str:
     path = Path(place).absolute()
     exports = (path.with_suffix(""), path.parent.parent / "model", *sorted(path.parent.glob("*")))
-    found = [place] if path.suffix != ".ckpt" else [str(folder) for folder in exports if has_processor(folder)]
+    if path.suffix.lower() != ".ckpt":
+        return place
+    found = [str(folder) for folder in exports if has_processor(folder)]
     if not found:
         raise ValueError(
-            f"{path}: no processor in the folder of its name, in another one beside it, or in ../model; the "
+            f"{place}: no processor in the folder of its name, in another one beside it, or in ../model; the "
             "command line takes --processor."
         )
     return found[0]
