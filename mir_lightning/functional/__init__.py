@@ -1,7 +1,14 @@
 """Mathematics on tensors: no state, no model."""
 
 from mir_lightning.functional.frechet import frechet_distance, trace_sqrt_product
+from mir_lightning.functional.image_gain import image_gain
 from mir_lightning.functional.mir import modality_integration_rate
 from mir_lightning.functional.sds import soft_discrimination_score
 
-__all__ = ["frechet_distance", "modality_integration_rate", "soft_discrimination_score", "trace_sqrt_product"]
+__all__ = [
+    "frechet_distance",
+    "image_gain",
+    "modality_integration_rate",
+    "soft_discrimination_score",
+    "trace_sqrt_product",
+]
