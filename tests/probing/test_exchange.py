@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mir_lightning.probing import Probe
-from mir_lightning.probing.exchange import Exchange
+from mir_lightning.probing.exchange import Exchange, _pictures
 from mir_lightning.probing.network import Network, ProbeWarning
 from tests.families import build_family, family_batch
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
@@ -71,6 +71,17 @@ def test_samples_of_one_picture_do_not_see_each_other(name):
         exchange = _exchange(*batches, seed=seed, network=Network(build_family(name)))
         assert exchange.paired.all()
         assert not {0, 2, 5} & {int(exchange.text_of[i]) for i in (0, 2, 5)}
+
+
+def test_pictures_that_are_a_samples_by_number_only_are_told_by_its_vision_tokens():
+    """Two of the first sample, none of the second: as many pictures as samples."""
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    batch = {"input_ids": torch.zeros(2, 4), "vision_mask": mask, "pixel_values": torch.randn(2, 3, 4, 4)}
+    changed = batch["pixel_values"].clone()
+    changed[1] += 1
+    before, after = _pictures(batch), _pictures({**batch, "pixel_values": changed})
+    assert before[0] != after[0]
+    assert before[1] == after[1]
 
 
 def test_where_one_picture_is_of_most_samples_some_have_no_partner():
