@@ -95,7 +95,7 @@ def test_in_the_hugging_face_trainer(tmp_path, probe):
     settings = {"max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     trainer = Trainer(
         tiny_llava(),
-        TrainingArguments(tmp_path, **settings),
+        TrainingArguments(tmp_path, metric_for_best_model="image_gain", greater_is_better=True, **settings),
         train_dataset=samples,
         callbacks=[ProbingTrainerCallback(ImageGainCallback(probe, every_n_steps=1, on_error="raise"))],
     )
