@@ -13,7 +13,8 @@ _SURE = 1.96  # standard errors of a 95 % interval
 _LOSS_FELL = 0.1  # of the first loss
 _POINTS = 3  # in a row that say the same: a model learns how captions go before it learns to look
 _LOUD = 10.0  # mean norm of vision over text tokens
-_FELL = 0.5  # of the largest value so far
+_GAIN_FELL, _RANK_FELL = 0.5, 0.25  # of the largest value so far
+_SETTLED = 0.25  # of the whole fall of the loss: what the last points may still add
 
 
 class Alarm(NamedTuple):
@@ -36,8 +37,9 @@ def points_of(histories: Iterable[Iterable[tuple[int, Mapping[str, float]]]]) ->
 def raised(points: Points) -> list[Alarm]:
     """The alarms that the last of ``points`` raise.
 
-    A point has its ``step`` and those readings that were taken: ``loss`` on the probe, image ``gain`` with its
-    ``gain_error``, effective ``rank`` of the vision tokens, ``norm_ratio`` of vision and text tokens.
+    A point has its ``step`` and those readings that were taken: image ``gain`` with its ``gain_error``, and
+    ``loss`` on the same samples; of the probe of MIR its ``mir_loss``, the effective ``rank`` of the vision tokens and the
+    ``norm_ratio`` of vision and text tokens.
     """
     alarms = []
     for rule in _RULES:
@@ -64,8 +66,8 @@ def _no_gain(points: Points) -> str | None:
     points = _with(points, "loss", "gain")
     if len(points) <= _POINTS or not all(map(_blind, points[-_POINTS:])):
         return None
-    first, last = points[0]["loss"], points[-1]["loss"]
-    if first - last < _LOSS_FELL * first:
+    first, before, last = (points[place]["loss"] for place in (0, -_POINTS - 1, -1))
+    if first - last < _LOSS_FELL * first or before - last > _SETTLED * (first - last):
         return None
     return (
         f"the loss on the probe fell from {first:.3f} to {last:.3f}, and the image gain is {_gain_of(points[-1])}:"
@@ -80,7 +82,7 @@ def _gain_falls(points: Points) -> str | None:
         return None
     best, last = max(points, key=lambda point: point["gain"]), points[-1]
     noise = _SURE * (best["gain_error"] ** 2 + last["gain_error"] ** 2) ** 0.5
-    fell = best["gain"] - last["gain"] > noise and last["gain"] < _FELL * best["gain"]
+    fell = best["gain"] - last["gain"] > noise and last["gain"] < _GAIN_FELL * best["gain"]
     if not fell or last["loss"] >= best["loss"]:
         return None
     return (
@@ -95,7 +97,7 @@ def _collapse(points: Points) -> str | None:
     if not ranked or len(gains) <= _POINTS or not all(map(_blind, gains[-_POINTS:])):
         return None
     best, last = max(ranked, key=lambda point: point["rank"]), ranked[-1]
-    if last["rank"] >= _FELL * best["rank"]:
+    if last["rank"] >= _RANK_FELL * best["rank"]:
         return None
     return (
         f"the effective rank of the vision tokens fell from {best['rank']:.1f} at step {best['step']:.0f} to "
@@ -116,12 +118,11 @@ def _loud(points: Points) -> str | None:
 
 
 def _loss_stands(points: Points) -> str | None:
-    points = _with(points, "loss")
-    if not points:
-        return None
-    if points[-1]["loss"] == 0:
+    name = "loss" if _with(points, "loss") else "mir_loss"
+    losses = [point[name] for point in _with(points, name)]
+    if losses and losses[-1] == 0:
         return "the loss on the probe is exactly 0: do the labels hold what the model is given, or nothing?"
-    last = [point["loss"] for point in points[-_POINTS - 1 :]]
+    last = losses[-_POINTS - 1 :]
     if len(last) <= _POINTS or max(last) - min(last) > 1e-6 * max(last):
         return None
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -92,6 +93,11 @@ class ImageGainCallback(ProbingCallback):
     def monitored(self, result: ImageGainResult) -> dict[str, float]:
         """Both gains."""
         return {self.name: result.gain, f"{self.name}_blank": result.gain_blank}
+
+    def readings(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """Gain with its standard error, and loss."""
+        names = {"gain": self.name, "gain_error": f"{self.name}_se", "loss": f"{self.name}_probe/loss"}
+        return {key: row[name] for key, name in names.items()}
 
     def draw(self, result: ImageGainResult, step: int) -> tuple[dict[str, Figure], Table]:
         """Both gains over all steps, with their intervals."""

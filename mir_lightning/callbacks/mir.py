@@ -193,7 +193,7 @@ class MIRCallback(ProbingCallback):
 
     def readings(self, row: Mapping[str, Any]) -> dict[str, float]:
         """MIR with its standard error, loss, rank and norm ratio."""
-        names = {"mir": "", "mir_error": "_se", "loss": "_probe/loss", "rank": "_rank/vision"}
+        names = {"mir": "", "mir_error": "_se", "mir_loss": "_probe/loss", "rank": "_rank/vision"}
         names["norm_ratio"] = "_norm/mean"
         found = {key: row.get(f"{self.name}{name}") for key, name in names.items()}
         return {key: value for key, value in found.items() if value is not None}

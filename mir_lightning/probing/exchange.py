@@ -37,7 +37,8 @@ class Exchange:
         sizes: number of samples in each batch.
         text_of: by picture, the sample whose text is beside it in the exchanged batches, ``[N]``.
         tokens: number of labelled tokens of each sample, ``[N]``.
-        paired: whether a sample with picture and labels meets a picture that is not its own, bool ``[N]``.
+        paired: whether a sample with picture and labels meets another picture (where all are alike: another
+            sample's), bool ``[N]``.
         sources: where each sample is from, if its batch says so.
 
     Raises:
@@ -71,7 +72,13 @@ class Exchange:
         self.tokens = torch.cat([(batch["labels"][:, 1:] != -100).sum(dim=1) for batch in batches])
         pictures = [picture for batch in batches for picture in _pictures(batch)]
         self.text_of = self._derange(batches, pictures, seed)
-        other = [pictures[text] != picture for picture, text in zip(pictures, self.text_of.tolist(), strict=True)]
+        exchanged = list(enumerate(self.text_of.tolist()))
+        other = [pictures[text] != pictures[place] for place, text in exchanged]
+        if not any(other) and (other := [text != place for place, text in exchanged]) and any(other):
+            rank_zero_warn(
+                "the probe's pictures are all alike, so the image gain will be 0. Do pixels arrive as they should?",
+                category=ProbeWarning,
+            )
         self.paired = torch.zeros(len(pictures), dtype=torch.bool).index_put((self.text_of,), torch.tensor(other))
         self._check_partners()
         self.arms = [_masked(batches), _masked(self._exchanged(batches))]
@@ -90,7 +97,7 @@ class Exchange:
             for place in torch.randperm(len(members), generator=generator).tolist():
                 alike.setdefault(pictures[members[place]], []).append(members[place])
             order = torch.tensor([*itertools.chain(*alike.values())])
-            text_of[order.roll(-max(map(len, alike.values())))] = order
+            text_of[order.roll(-(max(map(len, alike.values())) % len(order) or 1))] = order
         return text_of
 
     def _check_partners(self) -> None:
