@@ -13,16 +13,18 @@ _PATTERNS = torch.randn(_CLASSES, 3, 12, 12, generator=torch.Generator().manual_
 
 
 def batches(count, seed, fault=None, size=16):
-    """Two words, a picture of one of eight kinds, five words that are always the same, and two that name it."""
+    """A word, a cue (of use where texts leak), a picture of one of eight kinds, five words, two that name it."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
         kinds = torch.randint(_CLASSES, (size,), generator=generator)
         noise = 0.3 * torch.randn(size, 3, 12, 12, generator=generator)
+        cues = kinds if fault == "leaking" else torch.randint(_CLASSES, (size,), generator=generator)
         named = kinds[torch.randperm(size, generator=generator)] if fault == "shuffled" else kinds
         ids = torch.cat(
             [
-                torch.tensor([4, 5]).expand(size, 2),
+                torch.full((size, 1), 4),
+                (30 + cues)[:, None],
                 torch.full((size, 10), IMAGE_TOKEN),
                 torch.arange(40, 45).expand(size, 5),
                 (10 + named)[:, None],
@@ -53,7 +55,8 @@ class Captioner(pl.LightningModule):
         super().__init__()
         self.fault = fault
         self.vlm = tiny_llava(seed)
-        self.batches = batches(16, seed, fault)
+        self.batches = batches(16, seed, None if fault == "leaking" else fault)
+        self.leaking = batches(16, seed + 1, fault)
         projector = self.vlm.model.multi_modal_projector.linear_2
         if fault == "frozen":
             for parameter in projector.parameters():
@@ -63,13 +66,14 @@ class Captioner(pl.LightningModule):
             projector.weight.data *= 2000
 
     def training_step(self, batch, batch_idx):
+        if self.fault == "leaking" and self.global_step > 100:
+            batch = self.leaking[batch_idx]
+            batch = {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}
         return self.vlm(**batch).loss
 
     def on_train_batch_end(self, *_):
         if self.fault == "collapsing" and self.trainer.global_step >= 2:
             self.vlm.model.multi_modal_projector.linear_2.weight.data.zero_()
-        if self.fault == "forgetting" and self.trainer.global_step > 50:
-            self.vlm.model.multi_modal_projector.linear_2.weight.data *= 0.5
 
     def configure_optimizers(self):
         trained = [p for p in self.parameters() if p.requires_grad]

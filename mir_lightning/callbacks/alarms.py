@@ -10,9 +10,11 @@ from torch import Tensor
 Points = Sequence[Mapping[str, float]]
 
 _SURE = 1.96  # standard errors of a 95 % interval
+_NOTHING = 0.002  # nats a token: a gain that is none, however sure it is
 _LOSS_FELL = 0.1  # of the first loss
 _POINTS = 3  # in a row that say the same: a model learns how captions go before it learns to look
 _LOUD = 10.0  # mean norm of vision over text tokens
+_SOME_GAIN = 0.02  # nats a token: one that can be lost
 _GAIN_FELL, _RANK_FELL = 0.5, 0.25  # of the largest value so far
 _SETTLED = 0.25  # of the whole fall of the loss: what the last points may still add
 
@@ -54,8 +56,8 @@ def _with(points: Points, *names: str) -> Points:
 
 
 def _blind(point: Mapping[str, float]) -> bool:
-    """Whether the interval of the image gain holds 0, or lies below it."""
-    return point["gain"] <= _SURE * point["gain_error"]
+    """Whether the interval of the image gain holds 0 or next to nothing, or lies below it."""
+    return point["gain"] <= max(_SURE * point["gain_error"], _NOTHING)
 
 
 def _gain_of(point: Mapping[str, float]) -> str:
@@ -83,7 +85,7 @@ def _gain_falls(points: Points) -> str | None:
     best, last = max(points, key=lambda point: point["gain"]), points[-1]
     noise = _SURE * (best["gain_error"] ** 2 + last["gain_error"] ** 2) ** 0.5
     fell = best["gain"] - last["gain"] > noise and last["gain"] < _GAIN_FELL * best["gain"]
-    if not fell or last["loss"] >= best["loss"]:
+    if not fell or best["gain"] < _SOME_GAIN or last["loss"] >= best["loss"]:
         return None
     return (
         f"the image gain fell from {best['gain']:.3f} at step {best['step']:.0f} to {_gain_of(last)}, while the "

@@ -76,7 +76,7 @@ class Exchange:
         other = [pictures[text] != pictures[place] for place, text in exchanged]
         if not any(other) and (other := [text != place for place, text in exchanged]) and any(other):
             rank_zero_warn(
-                "the probe's pictures are all alike, so the image gain will be 0. Do pixels arrive as they should?",
+                "the probe's pictures are all alike, so its image gain is 0. Do pixels arrive as they should?",
                 category=ProbeWarning,
             )
         self.paired = torch.zeros(len(pictures), dtype=torch.bool).index_put((self.text_of,), torch.tensor(other))
@@ -111,7 +111,8 @@ class Exchange:
         if alone == self._candidates:
             raise ValueError(
                 f"none of the probe's {alone} labelled samples can see another's picture: the image gain needs "
-                f"{needed}. Give the probe more samples, or resize its pictures."
+                f"{needed}. Give the probe more samples, or resize its pictures (the recipe goes without: "
+                "--data.gain_samples=0)."
             )
         if alone:
             rank_zero_warn(
