@@ -40,8 +40,8 @@ def raised(points: Points) -> list[Alarm]:
     """The alarms that the last of ``points`` raise.
 
     A point has its ``step`` and those readings that were taken: image ``gain`` with its ``gain_error``, and
-    ``loss`` on the same samples; of the probe of MIR its ``mir_loss``, the effective ``rank`` of the vision tokens and the
-    ``norm_ratio`` of vision and text tokens.
+    ``loss`` on the same samples; of the probe of MIR its ``mir_loss``, the effective ``rank`` of the vision tokens
+    and the ``norm_ratio`` of vision and text tokens.
     """
     alarms = []
     for rule in _RULES:

@@ -13,8 +13,9 @@ class Planted(pl.Callback):
     """Spoils training, and leaves the probes as they are.
 
     Args:
-        fault: ``"shuffled"``: captions are beside other pictures of their batch; ``"zeroed"``: pixels do not arrive;
-            ``"unshifted"``: the labels ask for the word that is given; ``"frozen"``: the projector never learns.
+        fault: ``"shuffled"``: captions are beside other pictures of their batch; ``"zeroed"``: pixels do not
+            arrive; ``"unshifted"``: the labels ask for the word that is given; ``"frozen"``: the projector never
+            learns.
     """
 
     def __init__(self, fault: Literal["shuffled", "zeroed", "unshifted", "frozen"]) -> None:
