@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from mir_lightning import MIRCallback, Probe, SDSCallback, evaluate_mir
+from mir_lightning import ImageGainCallback, MIRCallback, Probe, SDSCallback, evaluate_mir
 from mir_lightning.callbacks import CaptionCallback
 from mir_lightning.callbacks.hf import MIRTrainerCallback, ProbingTrainerCallback
 from mir_lightning.probing import ChoiceProbe, FewShotProbe
@@ -295,3 +295,18 @@ def test_captions_go_on_after_a_resume(tmp_path):
         callbacks = [ProbingTrainerCallback(captions)]
         _train(tmp_path, resume=resume, model=model, steps=4, data=samples, callbacks=callbacks, arguments=saving)
     assert captions.history[-1]["step"] == 4
+
+
+def test_alarms_look_at_the_points_of_all_probing_callbacks(tmp_path, probe):
+    model = tiny_llava()
+    model.model.multi_modal_projector.linear_2.weight.data *= 2000
+    callbacks = [ProbingTrainerCallback(ImageGainCallback(probe, 2)), MIRTrainerCallback(probe, every_n_steps=2)]
+    with pytest.warns(
+        UserWarning, match="mir: step 0: vision tokens are .* times as long as text tokens"
+    ) as caught:
+        trainer = _train(tmp_path, callbacks=callbacks, model=model)
+    assert sum("times as long" in str(w.message) for w in caught) == 1
+    assert _points(trainer, "mir_alarms/loud") == {0: 1.0}
+    points = callbacks[1].probing.points()
+    assert [point["step"] for point in points] == [0, 2, 4, 6]
+    assert all({"gain", "gain_error", "mir", "norm_ratio"} <= point.keys() for point in points)
