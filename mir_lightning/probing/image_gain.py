@@ -178,14 +178,17 @@ def _blank(pixels: Tensor) -> Tensor:
 def _sums(network: Network, inputs: dict[str, Any]) -> Tensor:
     """Cross-entropy summed over each row's labelled tokens, ``[B]``; only their logits become float32."""
     labels = inputs.pop("labels")
-    logits = getattr(network.run(inputs, logits=True), "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+    first = (labels[:, 1:] != -100).any(dim=0).nonzero()[:1].sum()  # before it no logits are needed
+    wanted = labels.shape[1] - int(first)
+    logits = getattr(network.run(inputs, logits=wanted), "logits", None)
+    shape = (len(labels), wanted)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] not in (shape, labels.shape):
         given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
             f"{type(network.model).__name__} gave logits {given} where [B, S, V] with B, S = "
             f"{list(labels.shape)} of input_ids was expected: the image gain needs the logits of every token."
         )
-    targets = labels[:, 1:].to(logits.device)
+    targets = labels[:, 1 - wanted :].to(logits.device)
     rows, places = (targets != -100).nonzero(as_tuple=True)
-    losses = cross_entropy(logits[rows, places].float(), targets[rows, places], reduction="none")
+    losses = cross_entropy(logits[:, -wanted:][rows, places].float(), targets[rows, places], reduction="none")
     return torch.zeros(len(labels), dtype=torch.float64).index_add(0, rows.cpu(), losses.cpu().double())

@@ -129,9 +129,9 @@ class Network:
         inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
         return apply_to_collection(inputs, Tensor, move)
 
-    def run(self, inputs: dict[str, Any], logits: bool = False) -> Any:
-        """A lean forward: no cache, and no logits beyond the last position unless they, or a loss, are wanted."""
-        lean = {"logits_to_keep": 1} if self._keeps_logits and not logits and "labels" not in inputs else {}
+    def run(self, inputs: dict[str, Any], logits: int = 1) -> Any:
+        """A lean forward: no cache, and logits of the last positions only, unless a loss is wanted as well."""
+        lean = {"logits_to_keep": logits} if self._keeps_logits and "labels" not in inputs else {}
         return self.forward(**inputs, **self._no_cache, **lean)
 
     def run_layers(self, inputs: dict[str, Any], masks: TokenMasks, reduce: Reduce) -> Any:

@@ -264,9 +264,12 @@ def test_leaves_no_trace():
 def test_no_logits_but_the_labelled_ones_become_float32_and_no_labels_are_given():
     model, seen = tiny_llava().to(torch.bfloat16), []
     model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(set(kwargs)), with_kwargs=True)
-    model.register_forward_hook(lambda m, a, out: seen.append(out.logits.dtype))
-    evaluate_image_gain(model, [{**tiny_batch(), "source": list("abcd")}])
-    assert seen == [{"input_ids", "attention_mask", "pixel_values", "use_cache"}, torch.bfloat16] * 3
+    model.register_forward_hook(lambda m, a, out: seen.append((out.logits.dtype, out.logits.shape[1])))
+    batch = {**tiny_batch(), "source": list("abcd")}
+    batch["labels"][:, :15] = -100  # the first of 4 labels in 19 positions is predicted at the fifth from the end
+    evaluate_image_gain(model, [batch])
+    given = {"input_ids", "attention_mask", "pixel_values", "use_cache", "logits_to_keep"}
+    assert seen == [given, (torch.bfloat16, 5)] * 3
 
 
 def test_losses_that_are_not_finite_name_the_sample():
