@@ -17,6 +17,7 @@ from mir_lightning.probing.network import ProbeWarning
 from mir_lightning.vlm import TokenMasks
 from tests import oracle
 from tests.distributed import run_on_ranks
+from tests.faults import batches
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 
 
@@ -262,6 +263,23 @@ def test_influence_of_each_sample(probe, variant):
     model.register_forward_pre_hook(_refuse_more_than(1), with_kwargs=True)
     halved = evaluate_mir(model, probe, variant, interval=True)
     np.testing.assert_allclose(halved.influence, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_intervals_cover_redrawn_probes_from_kept_states():
+    """200 probes of 80 samples drawn from the states of 800: 95 % intervals hold the mean of all about that often."""
+    probe = Probe(batches(50, seed=0))
+    vision, text = _reference_tokens(tiny_llava().eval(), probe)
+    vision, text = ([layer.view(800, -1, 24) for layer in side] for side in (vision, text))
+    of_vision, of_text = (torch.arange(80).repeat_interleave(side[0].shape[1]) for side in (vision, text))
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        drawn = torch.randint(800, (80,), generator=generator)
+        sides = [[layer[drawn].flatten(0, 1) for layer in side] for side in (vision, text)]
+        error = standard_error(mir_influence(*sides, of_vision, of_text))
+        found.append((modality_integration_rate(*sides).item(), error.item()))
+    values, errors = np.array(found).T
+    assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.15)
+    assert 0.9 <= (np.abs(values - values.mean()) <= 1.96 * errors).mean() <= 0.985
 
 
 def _token_positions(batch):
