@@ -266,7 +266,7 @@ def test_influence_of_each_sample(probe, variant):
 
 
 def test_intervals_cover_redrawn_probes_from_kept_states():
-    """200 probes of 80 samples drawn from the states of 800: 95 % intervals hold the mean of all about that often."""
+    """200 probes of 80 samples, drawn from the states of 800: intervals hold the mean of all 95 % of the time."""
     probe = Probe(batches(50, seed=0))
     vision, text = _reference_tokens(tiny_llava().eval(), probe)
     vision, text = ([layer.view(800, -1, 24) for layer in side] for side in (vision, text))

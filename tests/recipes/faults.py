@@ -1,12 +1,27 @@
-"""Faults planted in a run of the recipe, to see which readings tell of them.
+"""Faults planted in runs of the recipe, to see which readings tell of them.
 
-    python recipes/llava_pretrain.py fit --config recipes/configs/demo.yaml \
-        --trainer.callbacks+=tests.recipes.faults.Planted --trainer.callbacks.fault=shuffled
+    python -m tests.recipes.faults runs/faults
+
+trains a small LLaVA from random weights on drawn shapes, clean with several seeds and once with each fault, prints the
+readings and draws them. In a run of your own: ``--trainer.callbacks+=tests.recipes.faults.Planted
+--trainer.callbacks.fault=shuffled``.
 """
 
-from typing import Any, Literal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
+import torch
+import transformers
+import yaml
+
+from tests.processors import tokenizer
+
+Fault = Literal["shuffled", "zeroed", "unshifted", "frozen"]
+ROOT = Path(__file__).parents[2]
+READINGS = ("image_gain", "image_gain_se", "image_gain_probe/loss", "mir", "mir_rank/vision", "mir_norm/mean")
 
 
 class Planted(pl.Callback):
@@ -18,7 +33,7 @@ class Planted(pl.Callback):
             learns.
     """
 
-    def __init__(self, fault: Literal["shuffled", "zeroed", "unshifted", "frozen"]) -> None:
+    def __init__(self, fault: Fault) -> None:
         self.fault = fault
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -34,3 +49,68 @@ class Planted(pl.Callback):
         if self.fault == "frozen":
             for parameter in pl_module.vlm.model.multi_modal_projector.parameters():
                 parameter.grad = None
+
+
+def save_small_vlm(folder: Path) -> None:
+    """A LLaVA of three million random weights, whose pictures are 36 patches and CLS."""
+    torch.manual_seed(0)
+    tokens = tokenizer("<image>")
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(
+            **{"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4},
+            **{"image_size": 48, "patch_size": 8},
+        ),
+        text_config=transformers.LlamaConfig(
+            **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4},
+            **{"vocab_size": 400, "pad_token_id": 0},
+        ),
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    pixels = transformers.CLIPImageProcessorPil(size={"height": 48, "width": 48}, do_center_crop=False)
+    options = {"patch_size": 8, "vision_feature_select_strategy": "full", "num_additional_image_tokens": 1}
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    transformers.LlavaProcessor(pixels, tokens, **options).save_pretrained(folder)
+
+
+def small_run(
+    root: Path, name: str, seed: int = 0, fault: Fault | None = None, steps: int = 600
+) -> dict[str, Any]:
+    """The config of a run below ``root``, of the model there."""
+    parts = [{"module": part, "lr": 1e-3} for part in ("vision", "projector", "llm")]
+    planted = [{"class_path": "tests.recipes.faults.Planted", "init_args": {"fault": fault}}] if fault else []
+    return {
+        "seed_everything": seed,
+        "trainer": {
+            **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 10},
+            **{"gradient_clip_val": 1.0, "default_root_dir": str(root / name), "enable_progress_bar": False},
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": str(root / name), "name": "csv"},
+            },
+            "callbacks": planted,
+        },
+        "model": {"vlm": str(root / "vlm"), "stages": [{"train": parts}], "warmup_ratio": 0.05},
+        "data": {
+            **{"batch_size": 16, "data_scale": 16 * steps, "probe_size": 64, "gain_samples": 64, "seed": seed},
+            "caption_pictures": 0,
+        },
+        "mir": {"every_n_steps": steps // 10},
+        "restart": {"every_n_train_steps": steps},
+    }
+
+
+def main(root: Path) -> None:
+    save_small_vlm(root / "vlm")
+    runs: list[tuple[str, int, Fault | None]] = [(f"clean, seed {seed}", seed, None) for seed in range(5)]
+    runs += [(fault, 0, fault) for fault in get_args(Fault)]
+    for name, seed, fault in runs:
+        (file := root / f"{name}.yaml").write_text(yaml.safe_dump(small_run(root, name, seed, fault)))
+        command = [sys.executable, str(ROOT / "recipes" / "llava_pretrain.py"), "fit", "--config", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        print(name, *(line for line in done.stderr.splitlines() if ": step " in line), done.stdout, sep="\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
