@@ -2,8 +2,8 @@
 
     python -m tests.recipes.faults runs/faults
 
-trains a small LLaVA from random weights on drawn shapes, clean with five seeds and once with each fault, and prints
-alarms and readings. In a run of your own: ``--trainer.callbacks+=tests.recipes.faults.Planted
+trains a small LLaVA from random weights on drawn shapes, clean with five seeds and once with each fault, and
+prints alarms and readings. In a run of your own: ``--trainer.callbacks+=tests.recipes.faults.Planted
 --trainer.callbacks.fault=shuffled``.
 """
 
