@@ -86,6 +86,8 @@ def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions) -> MIR
             image_token_id=options.image_token_id,
             check=not options.no_check,
             progress=None if options.no_progress else "probe",
+            interval=options.interval,
+            rank_order=options.rank_order,
         )
     except ValueError as error:
         for name, weight in model.named_parameters():
@@ -102,23 +104,38 @@ def summary(record: Mapping[str, Any]) -> str:
     lines = {
         "robust": f"{record['mir_robust']:.4f}",
         "prompt": json.dumps(record["prompt"]),
+        "norms": f"vision {fmean(record['norm_ratio']):.3g} times text (mean over layers); at equal norms "
+        f"MIR {record['mir_equal_norm']:.4f}",
         "tokens": f"{tokens[0]} vision, {tokens[1]} text ({record['text']})",
         "outliers": f"{sum(out[0])} vision, {sum(out[1])} text, over {len(layers)} layers",
         "massive": f"{shares[0]:.1%} of vision, {shares[1]:.1%} of text tokens",
-        "rank": f"{fmean(rank[0]):.1f} vision, {fmean(rank[1]):.1f} text (mean over layers)",
+        "rank": f"{fmean(rank[0]):.1f} vision, {fmean(rank[1]):.1f} text "
+        f"(order {record['rank_order']}, mean over layers)",
         "layers": f"{layer_bars(layers)}  {min(layers):.3g} to {max(layers):.3g}",
         "seconds": f"{record['seconds']:.1f}",
     }
-    first = f"MIR {record['mir']:.4f} ({record['variant']}; lower is better aligned)"
+    error, sure, level = record["standard_error"], "", ""
+    if error is not None:
+        sure, level = f" {plus_minus(error)}", "95 %; "
+    first = f"MIR {record['mir']:.4f}{sure} ({level}{record['variant']}; lower is better aligned)"
     return "\n".join([first, *(f"  {name:<8}  {line}" for name, line in lines.items())])
+
+
+def plus_minus(standard_error: float) -> str:
+    """The 95 % interval, as it is printed behind a number."""
+    return f"{shown('±', '+-')} {1.96 * standard_error:.4f}"
 
 
 def layer_bars(layers: Sequence[float]) -> str:
     """The layers' distances as a row of bars, the longest one the largest; digits where bars cannot be printed."""
-    bars = "▁▂▃▄▅▆▇█"
-    try:
-        bars.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        bars = "12345678"
-    top = max(*layers, 1e-300)
+    bars, top = shown("▁▂▃▄▅▆▇█", "12345678"), max(*layers, 1e-300)
     return "".join(bars[min(len(bars) - 1, int(max(value, 0) / top * len(bars)))] for value in layers)
+
+
+def shown(text: str, plain: str) -> str:
+    """The text, or another one where the terminal lacks its characters."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return plain
+    return text

@@ -29,6 +29,10 @@ def test_prints_and_writes_the_number(shared, run, tmp_path):
     assert written["checked"]
     assert f"MIR {expected.mir:.4f} (paper;" in done.out
     assert f"tokens    30 vision, {expected.text_tokens} text" in done.out
+    ratio = expected.norm_ratio.mean().item()
+    norms = f"norms     vision {ratio:.3g} times text (mean over layers); at equal norms MIR"
+    assert f"{norms} {expected.mir_equal_norm:.4f}\n" in done.out
+    assert written["influence"] is written["standard_error"] is None
     assert "100%" in done.err  # the bar
     rows = list(csv.reader(files["csv"].open()))
     assert rows[0][:2] == ["layer", "distance"]
@@ -173,3 +177,18 @@ def test_a_line_break_in_the_prompt(run, shared):
     )
     assert typed.status == pasted.status == 0
     assert typed.out.splitlines()[:-1] == pasted.out.splitlines()[:-1]
+
+
+def test_an_interval_and_the_order_of_the_rank(run, shared, tmp_path):
+    out = tmp_path / "out.json"
+    done = run("eval", shared.root / "model", "--interval", "--rank-order", 1, "--json", out)
+    pairs = read_pairs(shared.root / "images", shared.root / "texts", 3)
+    probe = PairProbe(shared.processor, shared.model.config, pairs, 3)
+    expected = evaluate_mir(shared.model, probe, interval=True, rank_order=1)
+    written = json.loads(out.read_text())
+    assert written["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
+    assert written["influence"] == pytest.approx(expected.influence.tolist(), rel=1e-3)
+    assert written["effective_rank"] == [pytest.approx(row, rel=1e-4) for row in expected.effective_rank.tolist()]
+    half = 1.96 * expected.standard_error
+    assert f"MIR {expected.mir:.4f} ± {half:.4f} (95 %; paper; lower is better aligned)" in done.out
+    assert "text (order 1, mean over layers)" in done.out

@@ -11,7 +11,8 @@ from mir_lightning import cli
 
 PROBE = "processor images texts data image-folder num seed batch-size prompt text max-unreadable debug "
 EVALUATION = (
-    "device device-map dtype probe variant layers image-token-id no-check no-progress json csv plot " + PROBE
+    "device device-map dtype probe variant layers image-token-id no-check no-progress json csv plot "
+    "interval rank-order " + PROBE
 )
 FLAGS = {
     "eval": EVALUATION,
@@ -64,6 +65,10 @@ def test_outputs_are_refused_before_the_work(run, shared, tmp_path, option, plac
         (["eval", "m", "--prompt", "{image}"], "prompt (--prompt) must hold {image} once, and {text}, got"),
         (["eval", "m", "--prompt", "{image}\udcff{text}"], "prompt (--prompt) holds half of a character"),
         (["eval", "m", "--device", "cpu", "--device-map", "auto"], "--device cpu and --device-map auto exclude"),
+        (
+            ["eval", "m", "--variant", "official", "--interval"],
+            "--variant official has no interval, as it replaces",
+        ),
         (["eval", "m", "--data", "a", "--images", "b", "--texts", "c"], "--images, --texts: --images goes with"),
         (["eval", "m", "--images", "b", "--texts", "c", "--image-folder", "d"], "--image-folder: --images goes"),
     ],
