@@ -99,7 +99,7 @@ class Compare(EvaluationOptions):
                     f'--interval: {source} holds no influences; "mir-lightning eval --interval" does.'
                 )
         else:
-            record = evaluate_source(source, self)
+            record, _ = evaluate_source(source, self)
             gc.collect()  # the model is in reference cycles, and the next one may not fit beside it
         return record
 

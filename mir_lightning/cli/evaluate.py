@@ -9,20 +9,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mir_lightning.callbacks import figures
 from mir_lightning.cli.models import load_model, load_processor
-from mir_lightning.cli.options import AUTO_BATCH_SIZE, EvaluationOptions, ProbeOptions, flags, option
+from mir_lightning.cli.options import (
+    AUTO_BATCH_SIZE,
+    EvaluationOptions,
+    ProbeOptions,
+    at_least_one,
+    flags,
+    option,
+    output_file,
+)
 from mir_lightning.cli.probe import choose_pairs, source_of
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
-from mir_lightning.probing.pairs import PairProbe, check_prompt
+from mir_lightning.probing.images import read_image
+from mir_lightning.probing.pairs import Pair, PairProbe, check_prompt
 from mir_lightning.probing.probe import Probe
-from mir_lightning.report import literal
+from mir_lightning.report import literal, text_table
 from mir_lightning.vlm import find_vlm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(kw_only=True)
@@ -30,22 +43,65 @@ class Eval(EvaluationOptions):
     """Modality Integration Rate of a Hugging Face vision-language model, a PEFT adapter or a recipe checkpoint."""
 
     model: str = option("folder or hub id of a model or an adapter, or a .ckpt of the recipe", MISSING)
+    worst: int | None = option(
+        "show the N samples that add most to MIR, and draw them beside --plot; takes --interval's pass",
+        type=at_least_one,
+        metavar="N",
+    )
+
+    @property
+    def worst_plot(self) -> Path | None:
+        """Where the worst samples are drawn."""
+        return self.plot.with_stem(f"{self.plot.stem}_worst") if self.plot and self.worst else None
+
+    def __post_init__(self) -> None:
+        """A ``ValueError`` if there are no samples to show, or too few."""
+        self.interval |= self.worst is not None
+        super().__post_init__()
+        if self.worst and self.probe:
+            raise ValueError(
+                "--worst shows pictures and texts: give --images and --texts, or --data, not --probe."
+            )
+        if self.worst and self.worst > self.num:
+            raise ValueError(f"--worst {self.worst}: the probe has {self.num} pairs (--num).")
+        if self.worst_plot:
+            output_file(str(self.worst_plot), "worst_plot: ")
 
     def run(self) -> None:
         """Evaluate, write, print."""
-        record = evaluate_source(self.model, self)
+        record, pairs = evaluate_source(self.model, self)
         columns, rows = figures.layer_table(record)
         title = literal(f"{Path(self.model).name or self.model}: MIR {record['mir']:.3f}")
         self.write(record, [columns, *rows], lambda: figures.layer_figure(record, title))
+        order = torch.tensor(record["influence"] or []).argsort(descending=True, stable=True)[: self.worst or 0]
+        worst = [(pairs[place], f"{record['influence'][place]:+.4f}") for place in order.tolist()]
+        if self.worst_plot:
+            _worst_figure(worst).savefig(self.worst_plot)
         print(summary(record))
+        if worst:
+            rows = [[_names(pair), added, shorten(" ".join(pair.turns), 72)] for pair, added in worst]
+            print(f"\n{text_table(['picture', 'adds to MIR', 'text'], rows)}")
 
 
-def evaluate_source(source: str, options: EvaluationOptions) -> dict[str, Any]:
-    """The whole result for a model named on the command line, as it is written to ``--json``.
+def _names(pair: Pair) -> str:
+    return ", ".join(path.name for path in pair.images)
+
+
+def _worst_figure(worst: Sequence[tuple[Pair, str]]) -> Figure:
+    images = [read_image(pair.images[0]) for pair, _ in worst]
+    texts = [" ".join(pair.turns) for pair, _ in worst]
+    names = [f"{added}  {_names(pair)}".encode(errors="backslashreplace").decode() for pair, added in worst]
+    title = "Samples that add most to MIR, with their texts; in grey, how much, and the picture's file"
+    return figures.caption_figure(images, texts, names, title=title)
+
+
+def evaluate_source(source: str, options: EvaluationOptions) -> tuple[dict[str, Any], list[Pair]]:
+    """The whole result for a model named on the command line, as it is written to ``--json``, and its samples.
 
     Raises:
         ValueError: for options that a saved probe would ignore, or a model whose weights are not finite.
     """
+    pairs: list[Pair] = []  # a saved probe has none
     if options.probe is not None:
         probe, notes = Probe.load(options.probe)
         saved = set(inspect.get_annotations(ProbeOptions)) - ({"text"} - notes.keys())
@@ -72,7 +128,7 @@ def evaluate_source(source: str, options: EvaluationOptions) -> dict[str, Any]:
                 if options.batch_size is not None or size == 0:
                     raise
     plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(result).items() if k != "sample"}
-    return {"model": source, "source": origin, "prompt": prompt, **plain}
+    return {"model": source, "source": origin, "prompt": prompt, **plain}, pairs
 
 
 def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions) -> MIRResult:

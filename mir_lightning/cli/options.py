@@ -26,7 +26,7 @@ AUTO_BATCH_SIZE = 8  # at most
 # What is read, and what of it where that is a folder.
 _READ = dict.fromkeys(("model", "processor", "sources", "score", "data", "images", "texts", "probe"), "*")
 _READ |= {"image_folder": "**/*", "runs": "**/*.[cj]s*"}
-_WRITTEN = ("output", "json", "csv", "plot", "html")
+_WRITTEN = ("output", "json", "csv", "plot", "worst_plot", "html")
 
 
 def option(help: str, default: Any = None, **settings: Any) -> Any:
@@ -60,12 +60,12 @@ def at_least_one(value: str) -> int:
     return int(value)
 
 
-def output_file(value: str) -> Path:
+def output_file(value: str, place: str = "") -> Path:
     """A file to write, looked at before the work that gives its contents."""
     path = Path(value)
     regular = path.is_file() or not path.exists()
     if not regular or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ArgumentTypeError(f"must be a regular file, or a new one, where one may write, got {value!r}")
+        raise ArgumentTypeError(f"{place}must be a regular file, or a new one, where one may write, got {value!r}")
     return path
 
 

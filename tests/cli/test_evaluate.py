@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mir_lightning import cli, evaluate_mir
+from mir_lightning.callbacks import figures
 from mir_lightning.cli.evaluate import layer_bars
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 
@@ -192,3 +193,37 @@ def test_an_interval_and_the_order_of_the_rank(run, shared, tmp_path):
     half = 1.96 * expected.standard_error
     assert f"MIR {expected.mir:.4f} ± {half:.4f} (95 %; paper; lower is better aligned)" in done.out
     assert "text (order 1, mean over layers)" in done.out
+
+
+def test_the_worst_samples_are_named_and_drawn(run, shared, tmp_path, monkeypatch):
+    """A picture that cannot be read is left out, and the others keep their names."""
+    images = tmp_path / "images"
+    shutil.copytree(shared.root / "images", images)
+    (images / "0.png").write_bytes(b"no picture")
+    drawn = []
+    monkeypatch.setattr(
+        figures, "caption_figure", lambda *a, f=figures.caption_figure, **k: drawn.append(a) or f(*a, **k)
+    )
+    arguments = ["--images", images, "--texts", shared.root / "texts", "--num", 3, "--max-unreadable", 0.5]
+    files = ["--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"]
+    done = run("eval", shared.root / "model", "--worst", 2, *arguments, *files, pairs=False)
+    assert done.status == 0
+    influence = json.loads((tmp_path / "out.json").read_text())["influence"]
+    texts = ["A short story.", "Ünïcode, and then some more words."]
+    named = sorted(zip(influence, ("1.png", "2.png"), texts, strict=True), reverse=True)
+    lines = done.out.splitlines()
+    assert [lines[-3].split(), lines[-4]] == [["picture", "adds", "to", "MIR", "text"], ""]
+    assert [line.split(maxsplit=2) for line in lines[-2:]] == [
+        [name, f"{added:+.4f}", text] for added, name, text in named
+    ]
+    pictures, texts, names = drawn[0]
+    assert [picture.getpixel((0, 0)) for picture in pictures] == [
+        Image.open(images / name).getpixel((0, 0)) for _, name, _ in named
+    ]
+    assert names == [f"{added:+.4f}  {name}" for added, name, _ in named]
+    assert texts == [text for _, _, text in named]
+    with Image.open(tmp_path / "out_worst.png") as picture:
+        assert picture.width > 400
+    without = run("eval", shared.root / "model", "--worst", 1)
+    assert "±" in without.out
+    assert len(without.out.splitlines()[-1].split()[0]) == len("0.png")

@@ -15,7 +15,7 @@ EVALUATION = (
     "interval rank-order " + PROBE
 )
 FLAGS = {
-    "eval": EVALUATION,
+    "eval": "worst " + EVALUATION,
     "compare": "allow-different " + EVALUATION,
     "probe": "output " + PROBE,
     "report": "score html plot debug",
@@ -69,12 +69,21 @@ def test_outputs_are_refused_before_the_work(run, shared, tmp_path, option, plac
             ["eval", "m", "--variant", "official", "--interval"],
             "--variant official has no interval, as it replaces",
         ),
+        (["eval", "m", "--variant", "official-fast", "--worst", "1"], "--variant official-fast has no interval"),
+        (["eval", "m", "--worst", "1", "--probe", "a"], "--worst shows pictures and texts: give --images and"),
+        (["eval", "m", "--worst", "8", "--num", "7"], "--worst 8: the probe has 7 pairs (--num)."),
+        (["eval", "m", "--worst", "1", "--plot", "folder/b.png"], "worst_plot: must be a regular file"),
+        (
+            ["eval", "m", "--worst", "1", "--plot", "c.png", "--json", "c_worst.png"],
+            "worst_plot: c_worst.png is a",
+        ),
         (["eval", "m", "--data", "a", "--images", "b", "--texts", "c"], "--images, --texts: --images goes with"),
         (["eval", "m", "--images", "b", "--texts", "c", "--image-folder", "d"], "--image-folder: --images goes"),
     ],
 )
 def test_what_excludes_each_other_is_refused_before_the_work(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("folder/b_worst.png").mkdir(parents=True)
     assert cli.main(arguments) == 1
     assert f"mir-lightning: {message}" in capsys.readouterr().err
 
