@@ -9,24 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mir_lightning.callbacks import MIRCallback, SDSCallback
-    from mir_lightning.metrics import ModalityIntegrationRate, SoftDiscriminationScore
-    from mir_lightning.probing import MIRResult, Probe, evaluate_mir
+    from mir_lightning.callbacks import ImageGainCallback, MIRCallback, SDSCallback
+    from mir_lightning.metrics import ImageGain, ModalityIntegrationRate, SoftDiscriminationScore
+    from mir_lightning.probing import ImageGainResult, MIRResult, Probe, evaluate_image_gain, evaluate_mir
 
 __all__ = [
+    "ImageGain",
+    "ImageGainCallback",
+    "ImageGainResult",
     "MIRCallback",
     "MIRResult",
     "ModalityIntegrationRate",
     "Probe",
     "SDSCallback",
     "SoftDiscriminationScore",
+    "evaluate_image_gain",
     "evaluate_mir",
 ]
 
 _HOMES = {
-    "callbacks": ("MIRCallback", "SDSCallback"),
-    "metrics": ("ModalityIntegrationRate", "SoftDiscriminationScore"),
-    "probing": ("MIRResult", "Probe", "evaluate_mir"),
+    "callbacks": ("ImageGainCallback", "MIRCallback", "SDSCallback"),
+    "metrics": ("ImageGain", "ModalityIntegrationRate", "SoftDiscriminationScore"),
+    "probing": ("ImageGainResult", "MIRResult", "Probe", "evaluate_image_gain", "evaluate_mir"),
     "functional": (),
     "moca": (),
 }

@@ -6,6 +6,7 @@ Every option: ``fit --help``; the configuration a command would run: add ``--pri
 on where an interrupted run stopped.
 """
 
+import itertools
 import os
 import sys
 from functools import partial
@@ -19,7 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from mir_lightning import SDSCallback
+from mir_lightning import ImageGainCallback, SDSCallback
 from mir_lightning.callbacks.captions import CaptionCallback
 from mir_lightning.callbacks.few_shot import FewShotCallback
 from mir_lightning.callbacks.loggers import picture_folder
@@ -41,16 +42,17 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """``--mir`` and what else is asked of the model; ``--checkpoint`` keeps the best, ``--restart`` last."""
         parser.add_lightning_class_args(probes.RecipeMIR, "mir")
-        for callback, name, items in (
-            (SDSCallback, "sds", probes.choices),
-            (FewShotCallback, "few_shot", probes.few_shot),
-            (CaptionCallback, "captions", probes.captions),
+        for callback, target, items in (
+            (ImageGainCallback, "image_gain.probe", probes.gain_probe),
+            (SDSCallback, "sds.items", probes.choices),
+            (FewShotCallback, "few_shot.items", probes.few_shot),
+            (CaptionCallback, "captions.items", probes.captions),
         ):
-            parser.add_lightning_class_args(callback, name)
+            parser.add_lightning_class_args(callback, target.partition(".")[0])
             make = partial(partial, items)  # given the data, the items are made when the fit starts
-            parser.link_arguments("data", f"{name}.items", compute_fn=make, apply_on="instantiate")
-        for when in ("every_n_steps", "at_steps"):
-            parser.link_arguments(f"mir.{when}", f"captions.{when}")
+            parser.link_arguments("data", target, compute_fn=make, apply_on="instantiate")
+        for when, name in itertools.product(("every_n_steps", "at_steps"), ("image_gain", "captions")):
+            parser.link_arguments(f"mir.{when}", f"{name}.{when}")
         parser.add_lightning_class_args(Throughput, "throughput")
         parser.add_lightning_class_args(console.MIRProgressBar, "progress")
         best = {"monitor": "mir", "mode": "min", "filename": "{step}-{mir:.3f}"}
@@ -73,6 +75,7 @@ class RecipeCLI(LightningCLI):
         needed = {
             "progress": options.trainer.enable_progress_bar is not False,
             "throughput": options.trainer.logger is not False,
+            "image_gain": options.data.gain_samples,
             "captions": options.data.caption_pictures,
             "sds": options.data.shapes_choices or options.data.choice_items,
             "few_shot": options.data.shapes_few_shot,

@@ -171,6 +171,25 @@ def ability_figure(steps: Sequence[int], scores: Mapping[str, Sequence[Sequence[
     return figure
 
 
+def gain_figure(points: Sequence[Sequence[float]]) -> Figure:
+    """Image gain with its 95 % interval, of points ``(step, gain, error, gain over blank, error, ...)``."""
+    figure = new_figure()
+    axes = figure.subplots()
+    steps, *columns = zip(*points, strict=True)
+    for index, colour, style, label in (
+        (0, _MEAN_COLOUR, "o-", "over another sample's picture"),
+        (2, _COV_COLOUR, "s--", "over a blank picture"),
+    ):
+        gains, errors = columns[index : index + 2]
+        low, high = ([g + sign * 1.96 * e for g, e in zip(gains, errors, strict=True)] for sign in (-1, 1))
+        axes.plot(steps, gains, style, color=colour, markersize=4, label=label)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    title = "Does the model look? Higher is better; 0: it does not"
+    _dress(axes, "x", xlabel="optimizer step", ylabel="image gain (nats a token)", title=title)
+    return figure
+
+
 def caption_figure(
     images: Sequence[Image], captions: Sequence[str], references: Sequence[str], step: int = 0, title: str = ""
 ) -> Figure:

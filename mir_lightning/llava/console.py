@@ -1,5 +1,6 @@
 """What a person sees in the terminal: tables, and the last MIR in the progress bar."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from mir_lightning.callbacks.loggers import picture_folder, whereabouts
 from mir_lightning.callbacks.mir import MIRCallback
 from mir_lightning.llava.model.stages import Stage
+from mir_lightning.llava.trainer import probing_callbacks
 from mir_lightning.report import text_table
 from mir_lightning.vlm import PartName, parameters_of
 
@@ -59,7 +61,10 @@ def _count(vlm: PreTrainedModel, module: PartName, layers: str | None = None) ->
 
 def closing_report(trainer: pl.Trainer, callback: MIRCallback, pictures: Iterable[Path], model: Path) -> str:
     """Table of the run and where everything lies."""
-    lines = ["", history_table(callback.history), ""]
+    points = {point["step"]: dict(point) for point in callback.history}
+    for point in itertools.chain(*(other.history for other in probing_callbacks(trainer))):
+        points.get(point["step"], {}).update(point)
+    lines = ["", history_table(points.values()), ""]
     folder = picture_folder(trainer, callback.name)
     for picture in (*pictures, folder / "layers.png", folder / "heatmap.png"):
         lines.append(f"picture     {picture}")
@@ -68,7 +73,7 @@ def closing_report(trainer: pl.Trainer, callback: MIRCallback, pictures: Iterabl
 
 
 def history_table(history: Iterable[Mapping[str, Any]]) -> str:
-    """The curve as text: step, held-out loss, perplexity, MIR, and MIR by the robust rule."""
-    keys = ("mir_probe/loss", "mir_probe/perplexity", "mir", "mir_robust")
+    """The curve as text: step, held-out loss, perplexity, MIR by both rules, image gain and its standard error."""
+    keys = ("mir_probe/loss", "mir_probe/perplexity", "mir", "mir_robust", "image_gain", "image_gain_se")
     rows = [[str(p["step"]), *(f"{p[key]:.3f}" if key in p else "-" for key in keys)] for p in history]
-    return text_table(("step", "held-out loss", "perplexity", "MIR", "robust"), rows)
+    return text_table(("step", "held-out loss", "perplexity", "MIR", "robust", "image gain", "error"), rows)

@@ -55,13 +55,24 @@ def mir_probe(data: PretrainingData, folders: ProbeFolders) -> Probe:
         pairs = read_pairs(folders.images, folders.texts, data.probe_size)
         module: Any = data.trainer.lightning_module  # type: ignore[union-attr]
         return PairProbe(module.processor, module.vlm.config, pairs, data.batch_size)
+    return held_out_probe(data, data.probe_size)
+
+
+def held_out_probe(data: PretrainingData, samples: int) -> Probe:
+    """The first held-out samples with their labels."""
     held_out, size = data.samples[1], data.batch_size
     collate = replace(data.collate, always_pictures=False)
-    chunks = (range(start, min(start + size, len(held_out))) for start in range(0, len(held_out), size))
+    count = min(len(held_out), samples)
+    chunks = (range(start, min(start + size, count)) for start in range(0, count, size))
     batches = [collate([held_out[index] for index in chunk]) for chunk in chunks]
     for line in (line for batch in batches for line in batch.pop("unreadable")):
         rank_zero_warn(f"replaced in the probe: {line}")
     return Probe(batches)
+
+
+def gain_probe(data: PretrainingData) -> Probe:
+    """The first of the held-out samples."""
+    return held_out_probe(data, data.gain_samples)
 
 
 def choices(data: PretrainingData) -> ChoiceProbe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 from torch.nn import Module
@@ -20,6 +20,11 @@ class PreciseMetric(Metric):
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), exclude_state)
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric has seen; what was computed before is forgotten."""
+        super().merge_state(incoming_state)
+        self._computed = None
+
     def plot(
         self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
     ) -> tuple[Figure | None, Axes]:
@@ -27,7 +32,8 @@ class PreciseMetric(Metric):
 
         Args:
             val: a result of ``compute`` or ``forward``, or a sequence of them: the metric over time; ``None``:
-                the parts of everything seen (layers of MIR and their gaps; tasks of SDS and their chance levels).
+                the parts of everything seen (layers of MIR and their gaps; tasks of SDS and their chance levels;
+                samples of the image gain).
             ax: axes to draw into instead of a new figure.
 
         Returns:

@@ -131,7 +131,6 @@ class SoftDiscriminationScore(PreciseMetric):
         if isinstance(incoming_state, SoftDiscriminationScore) and incoming_state.tasks != self.tasks:
             raise ValueError(f"tasks of the metrics differ: {self.tasks} and {incoming_state.tasks}.")
         super().merge_state(incoming_state)
-        self._computed = None
 
     def _draw(self, ax: "Axes") -> None:
         found = self.compute_breakdown()

@@ -6,6 +6,7 @@ from mir_lightning.probing.choices.items import ChoiceItem, load_choice_items
 from mir_lightning.probing.choices.m3_bench import load_m3_bench
 from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
+from mir_lightning.probing.image_gain import ImageGainResult, evaluate_image_gain
 from mir_lightning.probing.probe import Probe
 
 __all__ = [
@@ -14,10 +15,12 @@ __all__ = [
     "ChoiceResult",
     "FewShotProbe",
     "FewShotResult",
+    "ImageGainResult",
     "MIRResult",
     "Probe",
     "evaluate_choices",
     "evaluate_few_shot",
+    "evaluate_image_gain",
     "evaluate_mir",
     "load_choice_items",
     "load_m3_bench",

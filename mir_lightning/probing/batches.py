@@ -17,20 +17,23 @@ class MaskedBatches:
     """Inputs and masks of every batch of a probe.
 
     Args:
-        probe: the probe.
+        probe: the probe, or its batches.
         masks: of each of its batches.
         halvings: how often each batch is cut in two, down to single samples.
+
+    Attributes:
+        parts: of each part, the batch it is cut from and its samples there.
     """
 
-    def __init__(self, probe: Probe, masks: Sequence[TokenMasks], halvings: int = 0) -> None:
+    def __init__(self, probe: Probe | Sequence[Batch], masks: Sequence[TokenMasks], halvings: int = 0) -> None:
         self.probe = probe
         self.masks = masks
         self.halvings = halvings
-        self._parts: list[tuple[int, slice]] = []
+        self.parts: list[tuple[int, slice]] = []
         for index, mask in enumerate(masks):
             samples = len(mask.vision)
             size = max(1, -(-samples // 2**halvings))
-            self._parts += [(index, slice(start, start + size)) for start in range(0, samples, size)]
+            self.parts += [(index, slice(start, start + size)) for start in range(0, samples, size)]
 
     def halved(self) -> MaskedBatches | None:
         """The same samples in halves of these batches; ``None`` if they are single samples already."""
@@ -38,7 +41,7 @@ class MaskedBatches:
         return halved if len(halved) > len(self) else None
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self.parts)
 
     @property
     def samples(self) -> int:
@@ -47,12 +50,12 @@ class MaskedBatches:
 
     def first_sample(self, index: int) -> int:
         """Number of a part's first sample, counted from 0 over the whole probe."""
-        batch_index, samples = self._parts[index]
+        batch_index, samples = self.parts[index]
         return sum(len(mask.vision) for mask in self.masks[:batch_index]) + samples.start
 
     def __getitem__(self, index: int) -> tuple[Batch, TokenMasks]:
         """One part; a ``torch.OutOfMemoryError`` if its batch cannot be cut."""
-        batch_index, samples = self._parts[index]
+        batch_index, samples = self.parts[index]
         batch, masks = self.probe[batch_index], self.masks[batch_index]
         total = len(masks.vision)
         if samples.start == 0 and samples.stop >= total:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -33,7 +33,7 @@ TakeTokens = Callable[
     [Tensor, Tensor, int, int], None
 ]  # vision [n, H], text [m, H], their layer, number of layers
 
-_MASK_KEYS = ("vision_mask", "text_mask")
+_NOT_INPUTS = ("vision_mask", "text_mask", "source")
 _NOT_PIXELS = ("mask", "embeds")
 
 
@@ -120,18 +120,18 @@ class Network:
         return None if self.vlm is None else self.vlm.config.get_text_config(decoder=True).hidden_size
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Of a forward: on the device, floating point ones in the model's dtype, masks left out."""
+        """Of a forward: on the device, floating point ones in the model's dtype, masks and sources left out."""
 
         def move(tensor: Tensor) -> Tensor:
             dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
             return tensor.to(self.device, dtype, non_blocking=True, copy=True)  # some forwards write into it
 
-        inputs = {key: value for key, value in batch.items() if key not in _MASK_KEYS}
+        inputs = {key: value for key, value in batch.items() if key not in _NOT_INPUTS}
         return apply_to_collection(inputs, Tensor, move)
 
-    def run(self, inputs: dict[str, Any]) -> Any:
-        """A lean forward: no cache, and no logits beyond the last position unless a loss needs them."""
-        lean = {"logits_to_keep": 1} if self._keeps_logits and "labels" not in inputs else {}
+    def run(self, inputs: dict[str, Any], logits: bool = False) -> Any:
+        """A lean forward: no cache, and no logits beyond the last position unless they, or a loss, are wanted."""
+        lean = {"logits_to_keep": 1} if self._keeps_logits and not logits and "labels" not in inputs else {}
         return self.forward(**inputs, **self._no_cache, **lean)
 
     def run_layers(self, inputs: dict[str, Any], masks: TokenMasks, reduce: Reduce) -> Any:
@@ -284,6 +284,20 @@ class Network:
         )
 
 
+def map_pixels(inputs: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Inputs with their pixels changed: every floating-point or uint8 tensor but masks and embeddings."""
+
+    def change_pixels(value: Tensor) -> Tensor:
+        return change(value) if value.is_floating_point() or value.dtype == torch.uint8 else value
+
+    return {
+        key: value
+        if any(part in key for part in _NOT_PIXELS)
+        else apply_to_collection(value, Tensor, change_pixels)
+        for key, value in inputs.items()
+    }
+
+
 def _with_other_pixels(inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Noise added to the pixels, and in how many tensors; zeros stay: whole images of them are padding to some."""
     generator, found = torch.Generator().manual_seed(0), []
@@ -291,15 +305,9 @@ def _with_other_pixels(inputs: dict[str, Any]) -> tuple[dict[str, Any], int]:
     def change(value: Tensor) -> Tensor:
         if value.is_floating_point():
             other = value + torch.randn(value.shape, generator=generator).to(value)
-        elif value.dtype == torch.uint8:
-            other = torch.randint(1, 256, value.shape, generator=generator, dtype=torch.uint8).to(value.device)
         else:
-            return value
+            other = torch.randint(1, 256, value.shape, generator=generator, dtype=torch.uint8).to(value.device)
         found.append(value)
         return torch.where(value == 0, value, other)
 
-    changed = {
-        key: value if any(part in key for part in _NOT_PIXELS) else apply_to_collection(value, Tensor, change)
-        for key, value in inputs.items()
-    }
-    return changed, len(found)
+    return map_pixels(inputs, change), len(found)

@@ -30,8 +30,8 @@ class Probe:
     Args:
         batches: iterable of dicts as the model's forward takes them (a ``DataLoader`` too), read once and
             kept on the CPU. Each needs ``input_ids`` ``[B, S]``. Optional keys, taken out before the forward:
-            ``vision_mask`` and ``text_mask`` (bool ``[B, S]``). With ``labels`` loss and perplexity are
-            measured as well.
+            ``vision_mask`` and ``text_mask`` (bool ``[B, S]``), and ``source`` (a list of B names: where each
+            sample is from). With ``labels`` loss and perplexity are measured as well.
 
     Raises:
         TypeError: if ``batches`` or one of them is of another kind.

@@ -103,12 +103,15 @@ def test_two_steps_of_the_small_pair_with_all_that_can_be_measured(recipe, tmp_p
     for name in (
         "mir",
         "mir_probe/perplexity",
+        "image_gain_blank",
         "sds_abilities/perception",
         "sds_abilities/reasoning",
         "few_shot/em_8",
         "few_shot/f1_0",
     ):
-        assert [step for step, _ in curves[name]] == ([0, 1, 2] if name.startswith("mir") else [0, 2]), name
+        assert [step for step, _ in curves[name]] == (
+            [0, 1, 2] if name.startswith(("mir", "image")) else [0, 2]
+        ), name
     waited = [share for _, share in curves["train/data_wait"]]
     assert len(waited) == 2
     assert all(0 < share < 1 for share in waited)

@@ -45,7 +45,7 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
     run = _recipe("fit", "--config", config, "--config", str(override), *SMALL, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines() if line]
-    header = lines.index(["step", "held-out", "loss", "perplexity", "MIR", "robust"])
+    header = lines.index(["step", "held-out", "loss", "perplexity", "MIR", "robust", "image", "gain", "error"])
     steps = [line[0] for line in lines[header + 1 : header + 4]]
     assert steps == ["0", "1", "2"]
     named = {line[0]: line[-1] for line in lines[header + 4 :]}
@@ -64,6 +64,7 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
     with (tmp_path / named["numbers"]).open() as file:
         mir = [row["mir"] for row in csv.DictReader(file) if row["mir"]]
     assert [f"{float(value):.3f}" for value in mir] == [line[3] for line in lines[header + 1 : header + 4]]
+    assert all(float(line[6]) > 0 for line in lines[header + 2 : header + 4]), "the gain's error"
     assert f"wandb sync {named['W&B']}" in run.stdout
     assert (tmp_path / named["W&B"]).is_dir()
 

@@ -41,6 +41,7 @@ class PretrainingData(pl.LightningDataModule):
             nothing can be learned of; beyond it the run stops.
         group_by_length: put samples of like length into a batch, for less padding.
         probe_size: samples held out of the training data, for the probe.
+        gain_samples: how many of those the image gain is measured on; 0 for none.
         caption_pictures: held-out pictures to write captions of at every evaluation; 0 for none.
         choice_items: ``.jsonl`` file of multiple-choice items, or an M3-Bench folder, for the Soft Discrimination
             Score.
@@ -61,6 +62,7 @@ class PretrainingData(pl.LightningDataModule):
     max_unreadable: float = 0.01
     group_by_length: bool = True
     probe_size: int = 64
+    gain_samples: int = 32
     caption_pictures: int = 4
     choice_items: Path | None = None
     shapes_choices: int = 0
