@@ -128,4 +128,4 @@ def _paired(record: dict[str, Any], best: dict[str, Any]) -> str:
         return f"not paired, as their influences are of {len(of_record)} and {len(of_best)} samples"
     difference, error = record["mir"] - best["mir"], standard_error(of_record - of_best).item()
     noise = ": smaller than its noise" if abs(difference) <= 1.96 * error else ""
-    return f"{difference:+.4f} {plus_minus(error)} (95 %, paired over {len(of_best)} samples){noise}"
+    return f"{difference:+.4f}{plus_minus(error)} (95 %, paired over {len(of_best)} samples){noise}"

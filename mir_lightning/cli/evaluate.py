@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from textwrap import shorten
@@ -28,6 +28,7 @@ from mir_lightning.cli.options import (
 )
 from mir_lightning.cli.probe import choose_pairs, source_of
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
+from mir_lightning.probing.image_gain import ImageGainResult, evaluate_image_gain
 from mir_lightning.probing.images import read_image
 from mir_lightning.probing.pairs import Pair, PairProbe, check_prompt
 from mir_lightning.probing.probe import Probe
@@ -47,6 +48,11 @@ class Eval(EvaluationOptions):
         "show the N samples that add most to MIR, and draw them beside --plot; takes --interval's pass",
         type=at_least_one,
         metavar="N",
+    )
+
+    gain: bool = option(
+        "also measure what its picture is worth to a text: needs texts that belong to the pictures (captions)",
+        False,
     )
 
     @property
@@ -69,7 +75,7 @@ class Eval(EvaluationOptions):
 
     def run(self) -> None:
         """Evaluate, write, print."""
-        record, pairs = evaluate_source(self.model, self)
+        record, pairs = evaluate_source(self.model, self, self.gain)
         columns, rows = figures.layer_table(record)
         title = literal(f"{Path(self.model).name or self.model}: MIR {record['mir']:.3f}")
         self.write(record, [columns, *rows], lambda: figures.layer_figure(record, title))
@@ -95,7 +101,9 @@ def _worst_figure(worst: Sequence[tuple[Pair, str]]) -> Figure:
     return figures.caption_figure(images, texts, names, title=title)
 
 
-def evaluate_source(source: str, options: EvaluationOptions) -> tuple[dict[str, Any], list[Pair]]:
+def evaluate_source(
+    source: str, options: EvaluationOptions, gain: bool = False
+) -> tuple[dict[str, Any], list[Pair]]:
     """The whole result for a model named on the command line, as it is written to ``--json``, and its samples.
 
     Raises:
@@ -107,10 +115,12 @@ def evaluate_source(source: str, options: EvaluationOptions) -> tuple[dict[str, 
         saved = set(inspect.get_annotations(ProbeOptions)) - ({"text"} - notes.keys())
         if ignored := flags(options.given & saved):
             raise ValueError(f"--probe {options.probe} is as it was saved, which {ignored} cannot change.")
+        if gain and not any("labels" in batch for batch in probe):
+            raise ValueError(f"--gain needs labels, which --probe {options.probe} lacks: give pictures and texts.")
         text: Any = notes.get("text", options.text)
         options = replace(options, text=text)
         origin, prompt = notes.get("source", probe.fingerprint), "as saved"
-        result = _evaluate(load_model(source, options), probe, options)
+        found = _evaluate(load_model(source, options), probe, options, gain)
     else:
         pairs = choose_pairs(options)
         origin, size = source_of(pairs), options.batch_size or AUTO_BATCH_SIZE
@@ -118,22 +128,23 @@ def evaluate_source(source: str, options: EvaluationOptions) -> tuple[dict[str, 
         check_prompt(options.prompt, processor)
         model = load_model(source, options)
         while True:
-            made = PairProbe(processor, find_vlm(model).config, pairs, size, options.prompt, options.text)
+            made = PairProbe(processor, find_vlm(model).config, pairs, size, options.prompt, options.text, gain)
             prompt = made.prompt or "chat template"
             try:
-                result = _evaluate(model, made, options)
+                found = _evaluate(model, made, options, gain)
                 break
             except torch.OutOfMemoryError:  # of batches that the engine cannot cut
                 size = len(made.pairs[0]) // 2
                 if options.batch_size is not None or size == 0:
                     raise
-    plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(result).items() if k != "sample"}
-    return {"model": source, "source": origin, "prompt": prompt, **plain}, pairs
+    return {"model": source, "source": origin, "prompt": prompt, **found}, pairs
 
 
-def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions) -> MIRResult:
+def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions, gain: bool) -> dict[str, Any]:
+    """Fields of the result, and those of the image gain below ``image_gain``."""
+    progress = None if options.no_progress else "probe"
     try:
-        return evaluate_mir(
+        result = evaluate_mir(
             model,
             probe,
             options.variant,
@@ -141,15 +152,27 @@ def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions) -> MIR
             layers=options.layers,
             image_token_id=options.image_token_id,
             check=not options.no_check,
-            progress=None if options.no_progress else "probe",
+            progress=progress,
             interval=options.interval,
             rank_order=options.rank_order,
         )
+        token, title = options.image_token_id, progress and f"{progress}, gain"
+        worth = evaluate_image_gain(model, probe, image_token_id=token, progress=title) if gain else None
+        return {**_plain(result), "image_gain": worth and _plain(worth)}
     except ValueError as error:
         for name, weight in model.named_parameters():
             if weight.is_floating_point() and not weight.is_meta and not weight.float().isfinite().all():
                 raise ValueError(f"the model has diverged: its weight {name} is not finite.") from error
         raise
+
+
+def _plain(result: MIRResult | ImageGainResult) -> dict[str, Any]:
+    """Fields as JSON has them: it has no NaN, which is for what is unknown."""
+    found = {k: v for k, v in vars(result).items() if k not in ("sample", "sources")}
+    return json.loads(
+        json.dumps(found, default=Tensor.tolist),
+        parse_constant=lambda name: None if name == "NaN" else float(name),
+    )
 
 
 def summary(record: Mapping[str, Any]) -> str:
@@ -163,23 +186,28 @@ def summary(record: Mapping[str, Any]) -> str:
         "norms": f"vision {fmean(record['norm_ratio']):.3g} times text (mean over layers); at equal norms "
         f"MIR {record['mir_equal_norm']:.4f}",
         "tokens": f"{tokens[0]} vision, {tokens[1]} text ({record['text']})",
-        "outliers": f"{sum(out[0])} vision, {sum(out[1])} text, over {len(layers)} layers",
+        "outliers": f"{sum(out[0]):.0f} vision, {sum(out[1]):.0f} text, over {len(layers)} layers",
         "massive": f"{shares[0]:.1%} of vision, {shares[1]:.1%} of text tokens",
         "rank": f"{fmean(rank[0]):.1f} vision, {fmean(rank[1]):.1f} text "
         f"(order {record['rank_order']}, mean over layers)",
         "layers": f"{layer_bars(layers)}  {min(layers):.3g} to {max(layers):.3g}",
         "seconds": f"{record['seconds']:.1f}",
     }
-    error, sure, level = record["standard_error"], "", ""
-    if error is not None:
-        sure, level = f" {plus_minus(error)}", "95 %; "
-    first = f"MIR {record['mir']:.4f}{sure} ({level}{record['variant']}; lower is better aligned)"
+    if found := record["image_gain"]:
+        other, blank = (
+            f"{found[f'gain{of}']:.4f}{plus_minus(found[f'standard_error{of}'])}" for of in ("", "_blank")
+        )
+        lines["gain"] = (
+            f"{other} nats a token with another picture, {blank} with a blank one (95 %; higher is better)"
+        )
+    sure = plus_minus(record["standard_error"])
+    first = f"MIR {record['mir']:.4f}{sure} ({'95 %; ' * bool(sure)}{record['variant']}; lower is better aligned)"
     return "\n".join([first, *(f"  {name:<8}  {line}" for name, line in lines.items())])
 
 
-def plus_minus(standard_error: float) -> str:
-    """The 95 % interval, as it is printed behind a number."""
-    return f"{shown('±', '+-')} {1.96 * standard_error:.4f}"
+def plus_minus(standard_error: float | None) -> str:
+    """The 95 % interval, as it is printed behind a number; nothing where it is unknown."""
+    return "" if standard_error is None else f" {shown('±', '+-')} {1.96 * standard_error:.4f}"
 
 
 def layer_bars(layers: Sequence[float]) -> str:

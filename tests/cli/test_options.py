@@ -15,7 +15,7 @@ EVALUATION = (
     "interval rank-order " + PROBE
 )
 FLAGS = {
-    "eval": "worst " + EVALUATION,
+    "eval": "worst gain " + EVALUATION,
     "compare": "allow-different " + EVALUATION,
     "probe": "output " + PROBE,
     "report": "score html plot debug",
