@@ -191,22 +191,27 @@ def gain_figure(points: Sequence[Sequence[float]]) -> Figure:
 
 
 def caption_figure(
-    images: Sequence[Image], captions: Sequence[str], references: Sequence[str], step: int
+    images: Sequence[Image], captions: Sequence[str], references: Sequence[str], step: int = 0, title: str = ""
 ) -> Figure:
-    """Pictures with what the model writes about each, and in grey the reference."""
-    figure = new_figure(2.6 * len(images), 4.0)
-    panels = figure.subplots(2, len(images), squeeze=False, height_ratios=(2, 1))
-    texts = zip(captions, references, strict=True)
-    for picture, below, image, (caption, reference) in zip(*panels, images, texts, strict=True):
+    """Pictures, eight in a row, with what the model writes about each, and in grey the reference."""
+    columns, lines = min(8, len(images)), -(-len(images) // 8)
+    figure = new_figure(2.6 * columns, 4.0 * lines)
+    panels = figure.subplots(2 * lines, columns, squeeze=False, height_ratios=(2, 1) * lines)
+    for axes in panels.flatten():
+        axes.set_axis_off()
+    places = zip(panels[::2].flatten(), panels[1::2].flatten(), strict=True)
+    shown = zip(images, captions, references, strict=True)
+    for (image, caption, reference), (picture, below) in zip(shown, places, strict=False):
+        picture.set_axis_on()
         picture.imshow(image)
         picture.set(xticks=[], yticks=[])
-        below.set_axis_off()
-        lines = textwrap.wrap(caption.strip() or "(nothing)", 34, max_lines=5)
+        wrapped = textwrap.wrap(caption.strip() or "(nothing)", 34, max_lines=5)
         grey = "\n".join(textwrap.wrap(reference, 34, max_lines=4))
         look = {"va": "top", "fontsize": 8, "parse_math": False}
-        below.text(0, 1, "\n".join(lines), **look)
-        below.text(0, 0.86 - 0.14 * len(lines), grey, color="#767676", **look)
-    figure.suptitle(f"Step {step}: captions written by the model; in grey, the reference", fontsize=10)
+        below.text(0, 1, "\n".join(wrapped), **look)
+        below.text(0, 0.86 - 0.14 * len(wrapped), grey, color="#767676", **look)
+    title = title or f"Step {step}: captions written by the model; in grey, the reference"
+    figure.suptitle(textwrap.fill(title, 40 * columns), fontsize=10)
     return figure
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import torch
 
-from mir_lightning.functional.mir import Variant
+from mir_lightning.functional.frechet import RankOrder
+from mir_lightning.functional.mir import Rule, Variant
 from mir_lightning.probing.pairs import check_prompt
 from mir_lightning.vlm import TextPositions
 
@@ -25,7 +26,7 @@ AUTO_BATCH_SIZE = 8  # at most
 # What is read, and what of it where that is a folder.
 _READ = dict.fromkeys(("model", "processor", "sources", "score", "data", "images", "texts", "probe"), "*")
 _READ |= {"image_folder": "**/*", "runs": "**/*.[cj]s*"}
-_WRITTEN = ("output", "json", "csv", "plot", "html")
+_WRITTEN = ("output", "json", "csv", "plot", "worst_plot", "html")
 
 
 def option(help: str, default: Any = None, **settings: Any) -> Any:
@@ -46,7 +47,7 @@ def add_arguments(parser: ArgumentParser, command: type) -> None:
             if kind is bool:
                 settings["action"] = "store_true"
             elif get_origin(kind) is Literal:
-                settings["choices"] = get_args(kind)
+                settings |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
             else:
                 settings.setdefault("type", (get_args(kind) or (kind,))[0])
             group.add_argument(*(names if item.default is not MISSING else [item.name]), **settings)
@@ -59,12 +60,12 @@ def at_least_one(value: str) -> int:
     return int(value)
 
 
-def output_file(value: str) -> Path:
+def output_file(value: str, place: str = "") -> Path:
     """A file to write, looked at before the work that gives its contents."""
     path = Path(value)
     regular = path.is_file() or not path.exists()
     if not regular or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ArgumentTypeError(f"must be a regular file, or a new one, where one may write, got {value!r}")
+        raise ArgumentTypeError(f"{place}must be a regular file, or a new one, where one may write, got {value!r}")
     return path
 
 
@@ -177,6 +178,10 @@ class EvaluationOptions(ProbeOptions):
         "of the weights; auto is the saved one, on a CPU float32 where it would have to emulate that", "auto"
     )
     variant: Variant = option("of the metric", "paper")
+    interval: bool = option(
+        "how sure the number is: standard error of MIR and influence of each sample, one more pass", False
+    )
+    rank_order: RankOrder = option("of the effective rank: 2, the free one, or 1, the entropy one", 2)
     layers: str | None = option("dotted path of the decoder layers inside the model, if not found by itself")
     image_token_id: int | None = option("placeholder of vision tokens, if the config is wrong")
     no_check: bool = option("skip the self-check of the vision mask", False)
@@ -186,8 +191,12 @@ class EvaluationOptions(ProbeOptions):
     plot: Path | None = option("draw the layers into this file (.png, .pdf, .svg)", type=picture_file)
 
     def __post_init__(self) -> None:
-        """A ``ValueError`` if ``device_map`` would overrule ``device``."""
+        """A ``ValueError`` if ``device_map`` would overrule ``device``, or the variant has no interval."""
         super().__post_init__()
+        if self.interval and self.variant not in get_args(Rule):
+            raise ValueError(
+                f"--variant {self.variant} has no interval, as it replaces tokens: paper and robust have one."
+            )
         if self.device_map is not None and self.device != "auto":
             raise ValueError(f"--device {self.device} and --device-map {self.device_map} exclude each other.")
 

@@ -24,6 +24,7 @@ T = TypeVar("T")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 _TEXT_SUFFIXES = {".txt", ".story", ".jsonl"}
 _PLAIN_PROMPT = "{image}\n{text}"
+_MARK = "\ue123turn {}\ue124"  # of a private area of Unicode, which no text uses and no template strips
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,12 @@ class PairProbe(Probe):
         prompt: format with ``{image}`` and ``{text}`` to use instead of a chat template; a processor without one
             that takes images gets the image, a line break, and the text.
         text: which positions count as text.
+        labels: give the batches ``labels`` as well, for loss and image gain: the text behind the picture, or of a
+            conversation what the model says.
 
     Raises:
         ValueError: if there are no pairs, or ``prompt`` is not such a format; when a batch is made, for an
-            unreadable image or a text that holds the image placeholder.
+            unreadable image, a text that holds the image placeholder, or one that cannot be labelled.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class PairProbe(Probe):
         batch_size: int = 4,
         prompt: str | None = None,
         text: TextPositions = "after_vision",
+        labels: bool = False,
     ) -> None:
         check_at_least_one(batch_size=batch_size, pairs=len(pairs))
         check_prompt(prompt, processor)
@@ -148,6 +152,7 @@ class PairProbe(Probe):
         self.config = config
         self.pairs = [list(pairs[start : start + batch_size]) for start in range(0, len(pairs), batch_size)]
         self.text = text
+        self.labels = labels
         self.prompt = prompt if prompt or _writes_images(processor) else _PLAIN_PROMPT
         self._digests = {}
 
@@ -164,25 +169,29 @@ class PairProbe(Probe):
         made = self._from_prompt(pairs, images) if self.prompt else self._from_chat(pairs, images)
         batch = checked_batch(index, {**made})
         batch["text_mask"] = self._text_mask(batch)
+        if self.labels:
+            batch["labels"] = self._labels(batch, pairs)
         if index not in self._digests:
             self._digests[index] = batch_digest(batch)
         return batch
 
     def _from_prompt(self, pairs: Sequence[Pair], images: list[list[Any]]) -> Batch:
-        assert self.prompt is not None
-        token = self._image_token()
-        texts = ["\n".join(pair.turns) for pair in pairs]
         return self.processor(
             images=images
             if any(len(each) > 1 for each in images)
             else [image for each in images for image in each],
-            text=[
-                self.prompt.replace("{image}", token * len(pair.images)).replace("{text}", text)
-                for pair, text in zip(pairs, texts, strict=True)
-            ],
+            text=self._prompts(pairs),
             padding=True,
             return_tensors="pt",
         )
+
+    def _prompts(self, pairs: Sequence[Pair]) -> list[str]:
+        assert self.prompt is not None
+        token = self._image_token()
+        return [
+            self.prompt.replace("{image}", token * len(pair.images)).replace("{text}", "\n".join(pair.turns))
+            for pair in pairs
+        ]
 
     def _image_token(self) -> str:
         token = getattr(self.processor, "image_token", None)
@@ -193,6 +202,16 @@ class PairProbe(Probe):
         return str(token)
 
     def _from_chat(self, pairs: Sequence[Pair], images: list[list[Any]]) -> Batch:
+        return self._chat(
+            pairs,
+            images,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+
+    def _chat(self, pairs: Sequence[Pair], images: Sequence[Sequence[Any]], **options: Any) -> Any:
         conversations = []
         for pair, opened in zip(pairs, images, strict=True):
             content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in opened]
@@ -200,14 +219,51 @@ class PairProbe(Probe):
             for place, turn in enumerate(pair.turns[1:], start=1):
                 turns.append((("user", "assistant")[place % 2], [{"type": "text", "text": turn}]))
             conversations.append([{"role": role, "content": said} for role, said in turns])
-        return self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=all(len(pair.turns) % 2 for pair in pairs),
-            processor_kwargs={"padding": True},
+        answer_follows = all(len(pair.turns) % 2 for pair in pairs)
+        return self.processor.apply_chat_template(conversations, add_generation_prompt=answer_follows, **options)
+
+    def _labels(self, batch: Batch, pairs: Sequence[Pair]) -> Tensor:
+        """The tokens of the texts, ``[B, S]``, and -100 elsewhere.
+
+        The prompt is written with marks in the places of the texts, and tokenised with the texts there. From the
+        first text on it has the batch's tokens: what the processor writes longer are the pictures before it.
+        """
+        marked = [
+            Pair(pair.images, tuple(_MARK.format(place) for place in range(len(pair.turns)))) for pair in pairs
+        ]
+        frames = (
+            self._prompts(marked) if self.prompt else self._chat(marked, [p.images for p in pairs], tokenize=False)
         )
+        labels = torch.full_like(batch["input_ids"], -100)
+        valid = batch.get("attention_mask", torch.ones_like(labels))
+        vision = token_masks(self.config, batch, self.text).vision
+        for row, (pair, frame) in enumerate(zip(pairs, frames, strict=True)):
+            before, *turns = re.split(_MARK.format(r"(\d+)"), frame)  # number and what follows, in turns
+            written, spans = before, []
+            for place, (turn, after) in enumerate(zip(pair.turns, turns[1::2], strict=False)):
+                if place % 2 or len(pair.turns) == 1:
+                    spans.append((len(written), len(written) + len(turn)))
+                written += turn + after
+            plain = self.processor.tokenizer(written, return_offsets_mapping=True)
+            learned = [
+                token
+                for token, (start, end) in enumerate(plain["offset_mapping"])
+                if any(start < last and first < end for first, last in spans)
+            ]
+            tail = plain["input_ids"][learned[0] :] if learned else []
+            places = valid[row].nonzero()[:, 0]
+            ids, seen = batch["input_ids"][row, places].tolist(), vision[row, places].nonzero()[:, 0].tolist()
+            first = range(len(ids) - len(tail), max(seen, default=-1), -1)
+            found = next((place for place in first if ids[place : place + len(tail)] == tail), None)
+            if found is None or turns[::2] != [str(place) for place in range(len(pair.turns))]:
+                raise ValueError(
+                    f"the text beside {pair.images[0]} cannot be labelled, as the prompt does not hold it once, "
+                    "as it is and behind the picture; one (--prompt) with {image} before {text} may do."
+                )
+            for token in learned:
+                place = places[found + token - learned[0]]
+                labels[row, place] = batch["input_ids"][row, place]
+        return labels
 
     def _text_mask(self, batch: Batch) -> Tensor:
         masks = token_masks(self.config, batch, self.text)

@@ -63,3 +63,13 @@ def test_the_picture_takes_any_text():
     figure = caption_figure([image, image], ["$x^", ""], ["a dollar $", "long " * 60], 3)
     figure.savefig(io.BytesIO())  # the text would not parse as mathematics
     assert "$x^" in {text.get_text() for axes in figure.axes for text in axes.texts}
+
+
+def test_more_pictures_than_a_row_holds():
+    figure = caption_figure([Image.new("RGB", (30, 20))] * 9, [f"c{i}" for i in range(9)], ["r"] * 9, title="Nine")
+    figure.savefig(io.BytesIO())
+    assert len([axes for axes in figure.axes if axes.images]) == 9
+    assert len({round(axes.get_position().y0, 2) for axes in figure.axes if axes.images}) == 2
+    below = figure.axes[[bool(axes.images) for axes in figure.axes].index(True) + 8]
+    assert below.texts[0].get_text() == "c0"
+    assert figure.get_suptitle() == "Nine"

@@ -2,7 +2,10 @@ import csv
 import json
 
 import pytest
+import torch
 from PIL import Image
+
+from mir_lightning.functional.influence import standard_error
 
 
 @pytest.fixture
@@ -59,6 +62,10 @@ def test_what_is_not_comparable_is_refused(run, shared, results, tmp_path):
         ({"mir_robust": float("nan")}, "mir_robust must be a number within 1e+300, got nan"),
         ({"layers": [1e308]}, "layers[0] must be a number within 1e+300, got 1e+308"),
         ({"effective_rank": [[1.0]]}, "effective_rank[0] must be a list of 2"),
+        ({"norm_ratio": [1.0]}, "norm_ratio must be a list of "),
+        ({"standard_error": "small"}, "standard_error must be a number within 1e+300, got 'small'"),
+        ({"influence": [float("inf")]}, "influence[0] must be a number within 1e+300, got inf"),
+        ({"influence": []}, "influence must be a list of one or more"),
         ({"vision_tokens": "many"}, "vision_tokens must be a whole number"),
     ],
 )
@@ -93,3 +100,59 @@ def test_options_that_results_would_ignore_are_refused(run, shared, results):
     assert "--device-map, --num cannot change results: there is no model to evaluate" in done.err
     assert run("compare", results[0], results[0].rename(results[0].with_suffix(".JSON")), pairs=False).status == 1
     assert run("compare", results[1], results[0].with_suffix(".JSON"), pairs=False).status == 0
+
+
+@pytest.fixture
+def change(results):
+    """Write other values into a result's file, or take values out of it."""
+
+    def write(index, without=(), **values):
+        record = json.loads(results[index].read_text()) | values
+        results[index].write_text(json.dumps({k: v for k, v in record.items() if k not in without}))
+
+    return write
+
+
+def test_differences_are_paired(run, shared, results, change, tmp_path):
+    influences = [0.02, -0.01, 0.0], [0.021, -0.01, 0.001]
+    for index, (mir, influence) in enumerate(zip((1.5, 1.2), influences, strict=True)):
+        change(index, mir=mir, influence=influence, standard_error=0.01 * (index + 1))
+    done = run("compare", *results[:2], "--csv", tmp_path / "table.csv", pairs=False)
+    half = 1.96 * standard_error(torch.tensor(influences[0]) - torch.tensor(influences[1])).item()
+    assert done.out.splitlines()[-1] == f"model - other: +0.3000 ± {half:.4f} (95 %, paired over 3 samples)"
+    assert [line.split()[:3] for line in done.out.splitlines()[:2]] == [
+        ["model", "mir", "±"],
+        ["other", "1.2000", "0.0392"],
+    ]
+    assert [float(row["±"]) for row in csv.DictReader((tmp_path / "table.csv").open())] == [0.0392, 0.0196]
+    change(0, mir=1.2001)
+    assert run("compare", *results[:2], pairs=False).out.endswith("3 samples): smaller than its noise\n")
+    change(0, influence=[0.1, 0.2])
+    assert (
+        "not paired, as their influences are of 2 and 3 samples" in run("compare", *results[:2], pairs=False).out
+    )
+    change(0, source="elsewhere")
+    done = run("compare", *results[:2], "--allow-different", pairs=False)
+    assert done.out.endswith("model - other: not paired, as they differ in probe\n")
+    change(0, influence=None, without=("standard_error",), source=json.loads(results[1].read_text())["source"])
+    done = run("compare", *results[:2], pairs=False)
+    assert "model - other" not in done.out
+    assert done.out.splitlines()[2].split()[:2] == ["model", "1.2001"]
+    refused = run("compare", "a model", *results[:2], "--interval")
+    assert f'--interval: {results[0]} holds no influences; "mir-lightning eval --interval" does.' in refused.err
+
+
+def test_models_are_evaluated_with_their_interval(run, shared, results, change, tmp_path):
+    done = run(
+        "compare", shared.root / "model", shared.root / "other", "--interval", "--json", tmp_path / "a.json"
+    )
+    assert "(95 %, paired over 3 samples)" in done.out
+    assert all(len(record["influence"]) == 3 for record in json.loads((tmp_path / "a.json").read_text()))
+
+
+def test_older_results_have_fewer_fields(run, results, change):
+    change(0, without=("standard_error", "influence", "norm_ratio", "mir_equal_norm", "rank_order"))
+    done = run("compare", *results[:2], pairs=False)
+    assert done.status == 0
+    assert "±" not in done.out
+    assert "the ranks are of different orders (--rank-order)" in done.out

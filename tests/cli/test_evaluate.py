@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mir_lightning import cli, evaluate_mir
-from mir_lightning.cli.evaluate import layer_bars
+from mir_lightning.callbacks import figures
+from mir_lightning.cli.evaluate import _plain, layer_bars
+from mir_lightning.probing.image_gain import evaluate_image_gain
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 
 
@@ -29,6 +32,12 @@ def test_prints_and_writes_the_number(shared, run, tmp_path):
     assert written["checked"]
     assert f"MIR {expected.mir:.4f} (paper;" in done.out
     assert f"tokens    30 vision, {expected.text_tokens} text" in done.out
+    ratio = expected.norm_ratio.mean().item()
+    norms = f"norms     vision {ratio:.3g} times text (mean over layers); at equal norms MIR"
+    assert f"{norms} {expected.mir_equal_norm:.4f}\n" in done.out
+    outliers = expected.outliers.sum(dim=0).tolist()
+    assert f"outliers  {outliers[0]:.0f} vision, {outliers[1]:.0f} text, over 3 layers\n" in done.out
+    assert written["influence"] is written["standard_error"] is None
     assert "100%" in done.err  # the bar
     rows = list(csv.reader(files["csv"].open()))
     assert rows[0][:2] == ["layer", "distance"]
@@ -173,3 +182,91 @@ def test_a_line_break_in_the_prompt(run, shared):
     )
     assert typed.status == pasted.status == 0
     assert typed.out.splitlines()[:-1] == pasted.out.splitlines()[:-1]
+
+
+def test_an_interval_and_the_order_of_the_rank(run, shared, tmp_path):
+    out = tmp_path / "out.json"
+    done = run("eval", shared.root / "model", "--interval", "--rank-order", 1, "--json", out)
+    pairs = read_pairs(shared.root / "images", shared.root / "texts", 3)
+    probe = PairProbe(shared.processor, shared.model.config, pairs, 3)
+    expected = evaluate_mir(shared.model, probe, interval=True, rank_order=1)
+    written = json.loads(out.read_text())
+    assert written["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
+    assert written["influence"] == pytest.approx(expected.influence.tolist(), rel=1e-3)
+    assert written["effective_rank"] == [pytest.approx(row, rel=1e-4) for row in expected.effective_rank.tolist()]
+    half = 1.96 * expected.standard_error
+    assert f"MIR {expected.mir:.4f} ± {half:.4f} (95 %; paper; lower is better aligned)" in done.out
+    assert "text (order 1, mean over layers)" in done.out
+
+
+def test_the_worst_samples_are_named_and_drawn(run, shared, tmp_path, monkeypatch):
+    """A picture that cannot be read is left out, and the others keep their names."""
+    images = tmp_path / "images"
+    shutil.copytree(shared.root / "images", images)
+    (images / "0.png").write_bytes(b"no picture")
+    drawn = []
+    monkeypatch.setattr(
+        figures, "caption_figure", lambda *a, f=figures.caption_figure, **k: drawn.append(a) or f(*a, **k)
+    )
+    arguments = ["--images", images, "--texts", shared.root / "texts", "--num", 3, "--max-unreadable", 0.5]
+    files = ["--json", tmp_path / "out.json", "--plot", tmp_path / "out.png"]
+    done = run("eval", shared.root / "model", "--worst", 2, *arguments, *files, pairs=False)
+    assert done.status == 0
+    influence = json.loads((tmp_path / "out.json").read_text())["influence"]
+    texts = ["A short story.", "Ünïcode, and then some more words."]
+    named = sorted(zip(influence, ("1.png", "2.png"), texts, strict=True), reverse=True)
+    lines = done.out.splitlines()
+    assert [lines[-3].split(), lines[-4]] == [["picture", "adds", "to", "MIR", "text"], ""]
+    assert [line.split(maxsplit=2) for line in lines[-2:]] == [
+        [name, f"{added:+.4f}", text] for added, name, text in named
+    ]
+    pictures, texts, names = drawn[0]
+    assert [picture.getpixel((0, 0)) for picture in pictures] == [
+        Image.open(images / name).getpixel((0, 0)) for _, name, _ in named
+    ]
+    assert names == [f"{added:+.4f}  {name}" for added, name, _ in named]
+    assert texts == [text for _, _, text in named]
+    with Image.open(tmp_path / "out_worst.png") as picture:
+        assert picture.width > 400
+    without = run("eval", shared.root / "model", "--worst", 1)
+    assert "±" in without.out
+    assert len(without.out.splitlines()[-1].split()[0]) == len("0.png")
+
+
+def test_the_gain_of_the_pictures(run, shared, tmp_path):
+    found = {}
+    for name, arguments in (("with", ["--gain"]), ("without", [])):
+        out = tmp_path / f"{name}.json"
+        found[name] = (
+            run("eval", shared.root / "model", *arguments, "--json", out).out,
+            json.loads(out.read_text()),
+        )
+    pairs = read_pairs(shared.root / "images", shared.root / "texts", 3)
+    probe = PairProbe(shared.processor, shared.model.config, pairs, 3, labels=True)
+    expected, loss = evaluate_image_gain(shared.model, probe), evaluate_mir(shared.model, probe).loss
+    (printed, with_), (_, without) = found["with"], found["without"]
+    gain = with_["image_gain"]
+    assert with_["mir"] == without["mir"]
+    assert without["image_gain"] is without["loss"] is None
+    assert with_["loss"] == pytest.approx(loss, rel=1e-5)
+    assert gain["gain"] == pytest.approx(expected.gain, rel=1e-3)
+    assert gain["samples"] == pytest.approx(expected.samples.tolist(), rel=1e-3)
+    half, half_blank = 1.96 * expected.standard_error, 1.96 * expected.standard_error_blank
+    assert (
+        f"  gain      {expected.gain:.4f} ± {half:.4f} nats a token with another picture, "
+        f"{expected.gain_blank:.4f} ± {half_blank:.4f} with a blank one (95 %; higher is better)" in printed
+    )
+    assert "gain" not in found["without"][0]
+
+
+def test_unknown_numbers_are_null_in_json():
+    found = _plain(SimpleNamespace(gain=0.5, samples=torch.tensor([float("nan"), 0.5]), sources={}))
+    assert found == {"gain": 0.5, "samples": [None, 0.5]}
+
+
+def test_a_saved_probe_has_no_texts_to_label(run, shared, tmp_path):
+    assert run("probe", shared.root / "model", "-o", tmp_path / "p.safetensors").status == 0
+    arguments = ["--probe", tmp_path / "p.safetensors", "--gain"]
+    refused = run("eval", shared.root / "model", *arguments, pairs=False)
+    message = f"--gain needs labels, which --probe {tmp_path / 'p.safetensors'} lacks: give pictures and texts."
+    assert (refused.status, message in refused.err) == (1, True)

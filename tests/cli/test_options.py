@@ -11,10 +11,11 @@ from mir_lightning import cli
 
 PROBE = "processor images texts data image-folder num seed batch-size prompt text max-unreadable debug "
 EVALUATION = (
-    "device device-map dtype probe variant layers image-token-id no-check no-progress json csv plot " + PROBE
+    "device device-map dtype probe variant layers image-token-id no-check no-progress json csv plot "
+    "interval rank-order " + PROBE
 )
 FLAGS = {
-    "eval": EVALUATION,
+    "eval": "worst gain " + EVALUATION,
     "compare": "allow-different " + EVALUATION,
     "probe": "output " + PROBE,
     "report": "score html plot debug",
@@ -64,12 +65,25 @@ def test_outputs_are_refused_before_the_work(run, shared, tmp_path, option, plac
         (["eval", "m", "--prompt", "{image}"], "prompt (--prompt) must hold {image} once, and {text}, got"),
         (["eval", "m", "--prompt", "{image}\udcff{text}"], "prompt (--prompt) holds half of a character"),
         (["eval", "m", "--device", "cpu", "--device-map", "auto"], "--device cpu and --device-map auto exclude"),
+        (
+            ["eval", "m", "--variant", "official", "--interval"],
+            "--variant official has no interval, as it replaces",
+        ),
+        (["eval", "m", "--variant", "official-fast", "--worst", "1"], "--variant official-fast has no interval"),
+        (["eval", "m", "--worst", "1", "--probe", "a"], "--worst shows pictures and texts: give --images and"),
+        (["eval", "m", "--worst", "8", "--num", "7"], "--worst 8: the probe has 7 pairs (--num)."),
+        (["eval", "m", "--worst", "1", "--plot", "folder/b.png"], "worst_plot: must be a regular file"),
+        (
+            ["eval", "m", "--worst", "1", "--plot", "c.png", "--json", "c_worst.png"],
+            "worst_plot: c_worst.png is a",
+        ),
         (["eval", "m", "--data", "a", "--images", "b", "--texts", "c"], "--images, --texts: --images goes with"),
         (["eval", "m", "--images", "b", "--texts", "c", "--image-folder", "d"], "--image-folder: --images goes"),
     ],
 )
 def test_what_excludes_each_other_is_refused_before_the_work(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("folder/b_worst.png").mkdir(parents=True)
     assert cli.main(arguments) == 1
     assert f"mir-lightning: {message}" in capsys.readouterr().err
 

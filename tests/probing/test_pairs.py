@@ -7,6 +7,7 @@ import pytest
 from mir_lightning import evaluate_mir
 from mir_lightning.probing.pairs import Pair, PairProbe, read_pairs
 from tests.models import tiny_llava
+from tests.processors import FAMILIES, build
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,60 @@ def test_on_the_chat_route_as_well(model, tiny_processor, pairs, monkeypatch):
     asked[1] = Pair(asked[1].images, ("A question.", f"Look: {token}"))
     with pytest.raises(ValueError, match=rf"the text beside \S+/01\.png holds the image placeholder {token!r}"):
         PairProbe(tiny_processor, model.config, asked)[0]
+
+
+def _labelled(probe, processor):
+    """What is labelled in each sample, where labels are the ids themselves."""
+    for batch in probe:
+        chosen = batch["labels"] != -100
+        assert (batch["labels"] == batch["input_ids"])[chosen].all()
+        for ids, mask in zip(batch["input_ids"], chosen, strict=True):
+            yield processor.tokenizer.decode(ids[mask]).strip()
+
+
+@pytest.mark.parametrize("prompt", [None, "USER: {image}\n{text} ASSISTANT: 1", "A {image} {text}"])
+def test_only_the_texts_are_labelled(model, tiny_processor, pairs, prompt):
+    """Also those that are as long as others are not, that are in the prompt as well, or empty."""
+    texts = ["A", "A longer text, with 1 number: ünïcode 🙂.", "USER", ""]
+    pairs = [Pair(pair.images, (text,)) for pair, text in zip(pairs, texts, strict=False)]
+    plain, labelled = (
+        PairProbe(tiny_processor, model.config, pairs, 4, prompt, labels=labels) for labels in (False, True)
+    )
+    assert [*_labelled(labelled, tiny_processor)] == texts
+    with_, without = labelled[0], plain[0]
+    assert with_.pop("labels").shape == without["input_ids"].shape
+    assert all(with_[key].equal(value) for key, value in without.items())
+    assert "labels" not in without
+    assert labelled.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_are_labelled_in_every_family(family, pairs):
+    model, processor = build(family)
+    prompt = "a {image} {text} b"
+    if family == "gemma3":  # its prompts have a mark that becomes the placeholders
+        prompt, processor.chat_template = None, _CHAT.replace("IMAGE", processor.boi_token)
+    probe = PairProbe(processor, model.config, pairs[:3], 2, prompt, labels=True)
+    assert [*_labelled(probe, processor)] == [pair.turns[0] for pair in pairs[:3]]
+
+
+def test_of_a_conversation_the_models_turns_are_labelled(model, tiny_processor, pairs, monkeypatch):
+    monkeypatch.setattr(tiny_processor, "chat_template", _CHAT.replace("IMAGE", tiny_processor.image_token))
+    turns = ("One?", "One.", "And two?", "Two.")
+    asked = [Pair(pairs[0].images, turns), Pair(pairs[1].images, turns[:2])]
+    probe = PairProbe(tiny_processor, model.config, asked, labels=True)
+    assert probe.prompt is None
+    assert [*_labelled(probe, tiny_processor)] == ["One.Two.", "One."]
+    changed = tiny_processor.chat_template.replace("c['text']", "c['text'] | upper")
+    monkeypatch.setattr(tiny_processor, "chat_template", changed)
+    with pytest.raises(ValueError, match=r"the text beside \S+/00\.png cannot be labelled"):
+        PairProbe(tiny_processor, model.config, asked, labels=True)[0]
+
+
+def test_a_text_before_its_picture_is_not_labelled(model, tiny_processor, pairs):
+    probe = PairProbe(tiny_processor, model.config, pairs, prompt="{text} {image}", labels=True)
+    with pytest.raises(ValueError, match=r"with \{image\} before \{text\} may do"):
+        probe[0]
 
 
 def test_texts_of_all_kinds(tmp_path, pairs):
