@@ -46,6 +46,7 @@ bench: $(INSTALLED)  ## time and memory, as ratios in one run
 	$(BIN)/python -m tests.benchmarks.script
 	$(BIN)/python -m tests.benchmarks.choices
 	$(BIN)/python -m tests.benchmarks.moca
+	$(BIN)/python -m tests.benchmarks.interval
 
 docs: $(INSTALLED)  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict

@@ -49,6 +49,27 @@ def hostile_layers(kind, dtype=torch.float32, layers=2, n_vision=700, n_text=500
     return modalities
 
 
+def samples_of(count, tokens):
+    """The sample that each of ``tokens`` is of, where ``count`` samples share them evenly."""
+    return torch.arange(tokens) * count // tokens
+
+
+def correlated_samples(seed, samples=80, d=12):
+    """``(vision, text, vision_samples, text_samples)``: those of a sample share what it is about."""
+    generator = torch.Generator().manual_seed(seed)
+    constant = torch.Generator().manual_seed(99)
+    sides = []
+    for tokens, offset in ((9, 0.5), (6, 0.0)):
+        layers = []
+        for _ in range(2):
+            mixing = torch.randn(d, d, generator=constant, dtype=torch.float64)
+            shared = torch.randn(samples, 1, d, generator=generator, dtype=torch.float64)
+            own = torch.randn(samples, tokens, d, generator=generator, dtype=torch.float64)
+            layers.append(((shared + own) @ mixing + offset).flatten(0, 1))
+        sides.append(layers)
+    return *sides, samples_of(samples, 9 * samples), samples_of(samples, 6 * samples)
+
+
 def make_massive(tokens, share, place):
     """Multiply a share of tokens ``[n, d]`` (at least one, none for 0) by 1000, in place."""
     count = min(len(tokens), max(1, int(share * len(tokens)))) if share else 0

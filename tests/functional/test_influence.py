@@ -5,7 +5,7 @@ import torch
 from mir_lightning.functional import mir_influence, modality_integration_rate, standard_error
 from mir_lightning.functional.influence import LayerInfluence
 from tests import oracle
-from tests.streams import hostile_layers
+from tests.streams import correlated_samples, hostile_layers, samples_of
 
 
 def _weighted_mir(vision, text, weights, of_vision, of_text, variant="paper"):
@@ -38,10 +38,6 @@ def _derivatives(vision, text, of_vision, of_text, variant, step=1e-5):
     return np.array(found)
 
 
-def _samples(count, tokens):
-    return torch.arange(tokens) * count // tokens
-
-
 @pytest.mark.parametrize("variant", ["paper", "robust"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -50,30 +46,14 @@ def _samples(count, tokens):
 def test_is_the_derivative_by_each_samples_weight(kind, dtype, variant):
     size = {} if kind == "few_tokens" else {"n_vision": 240, "n_text": 160, "d": 12}
     vision, text = hostile_layers(kind, dtype, **size)
-    of_vision, of_text = (_samples(4 if kind == "few_tokens" else 40, len(side[0])) for side in (vision, text))
+    of_vision, of_text = (samples_of(4 if kind == "few_tokens" else 40, len(side[0])) for side in (vision, text))
     found = mir_influence(vision, text, of_vision, of_text, variant).numpy()
     expected = _derivatives(vision, text, of_vision, of_text, variant)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def _world(seed, samples=80, d=12):
-    """Tokens of samples that share what they are about, as those of one picture do."""
-    generator = torch.Generator().manual_seed(seed)
-    constant = torch.Generator().manual_seed(99)
-    sides = []
-    for tokens, offset in ((9, 0.5), (6, 0.0)):
-        layers = []
-        for _ in range(2):
-            mixing = torch.randn(d, d, generator=constant, dtype=torch.float64)
-            shared = torch.randn(samples, 1, d, generator=generator, dtype=torch.float64)
-            own = torch.randn(samples, tokens, d, generator=generator, dtype=torch.float64)
-            layers.append(((shared + own) @ mixing + offset).flatten(0, 1))
-        sides.append(layers)
-    return *sides, _samples(samples, 9 * samples), _samples(samples, 6 * samples)
-
-
 def test_agrees_with_leaving_each_sample_out():
-    vision, text, of_vision, of_text = _world(0)
+    vision, text, of_vision, of_text = correlated_samples(0)
     influence = mir_influence(vision, text, of_vision, of_text)
     without = torch.stack(
         [
@@ -94,7 +74,7 @@ def test_intervals_cover_the_truth():
     """Over 200 redrawn probes, 95 % intervals around each hold the mean of all about that often."""
     found = []
     for seed in range(200):
-        world = _world(seed)
+        world = correlated_samples(seed)
         found.append((modality_integration_rate(*world[:2]).item(), standard_error(mir_influence(*world)).item()))
     values, errors = np.array(found).T
     assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.15)
@@ -103,7 +83,7 @@ def test_intervals_cover_the_truth():
 
 
 def test_the_difference_of_two_models_on_one_probe_is_surer_than_either():
-    vision, text, *samples = _world(1)
+    vision, text, *samples = correlated_samples(1)
     other = [v + 0.05 * torch.randn(v.shape, generator=torch.Generator().manual_seed(2)) for v in vision]
     first, second = (mir_influence(v, text, *samples) for v in (vision, other))
     assert standard_error(first - second) < 0.2 * standard_error(first)
@@ -130,7 +110,7 @@ def _layer_of(vision, text):
 
 
 def test_bad_input():
-    vision, text, *samples = _world(0, samples=3)
+    vision, text, *samples = correlated_samples(0, samples=3)
     with pytest.raises(ValueError, match="variant must be one of paper, robust, got 'official'"):
         mir_influence(vision, text, *samples, variant="official")
     with pytest.raises(ValueError, match="1 sample"):
