@@ -41,7 +41,6 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """``--mir`` and what else is asked of the model; ``--checkpoint`` keeps the best, ``--restart`` last."""
-        parser.add_lightning_class_args(probes.RecipeMIR, "mir")
         for callback, target, items in (
             (ImageGainCallback, "image_gain.probe", probes.gain_probe),
             (SDSCallback, "sds.items", probes.choices),
@@ -51,6 +50,7 @@ class RecipeCLI(LightningCLI):
             parser.add_lightning_class_args(callback, target.partition(".")[0])
             make = partial(partial, items)  # given the data, the items are made when the fit starts
             parser.link_arguments("data", target, compute_fn=make, apply_on="instantiate")
+        parser.add_lightning_class_args(probes.RecipeMIR, "mir")  # after the gain, whose points its overview shows
         for when, name in itertools.product(("every_n_steps", "at_steps"), ("image_gain", "captions")):
             parser.link_arguments(f"mir.{when}", f"{name}.{when}")
         parser.add_lightning_class_args(Throughput, "throughput")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -263,8 +264,8 @@ class ProbingCallback(pl.Callback, ABC):
         for alarm in (found := self._alarms()):
             rank_zero_warn(f"{self.name}: {alarm.message}")
             values[f"{self.name}_alarms/{alarm.name}"] = self.history[-1][f"{self.name}_alarms/{alarm.name}"] = 1.0
-        alert = lambda: [loop.alert(f"{self.name}: {alarm.name}", alarm.message) for alarm in found]  # noqa: E731
-        for report in (lambda: loop.log(values), lambda: self._draw(loop, result), alert):
+        alerts = [partial(loop.alert, f"{self.name}: {alarm.name}", alarm.message) for alarm in found]
+        for report in (lambda: loop.log(values), lambda: self._draw(loop, result), *alerts):
             try:
                 report()
             except Exception as error:

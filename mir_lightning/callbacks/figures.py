@@ -77,7 +77,7 @@ def overview_figure(points: Sequence[Mapping[str, float]], result: MIRResult, st
         elif name == "gain":
             axes.axhline(0, color="grey", linewidth=0.8)
     _draw_gaps(gaps, result.mean_gap, result.cov_gap)
-    _dress(gaps, "x", title=f"What is it apart by? Layers at step {step}", ylabel="distance")
+    _dress(gaps, "x", title=f"By what? Layers at step {step}", ylabel="distance")
     ratio.plot(range(1, len(result.norm_ratio) + 1), result.norm_ratio, color="black", linewidth=1.4)
     ratio.axhline(1, color="grey", linewidth=0.8)
     _dress(ratio, "x", xlabel="decoder layer", ylabel="norm ratio", ylim=(0, None))
