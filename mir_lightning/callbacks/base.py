@@ -264,8 +264,9 @@ class ProbingCallback(pl.Callback, ABC):
         for alarm in (found := self._alarms()):
             rank_zero_warn(f"{self.name}: {alarm.message}")
             values[f"{self.name}_alarms/{alarm.name}"] = self.history[-1][f"{self.name}_alarms/{alarm.name}"] = 1.0
-        alerts = [partial(loop.alert, f"{self.name}: {alarm.name}", alarm.message) for alarm in found]
-        for report in (lambda: loop.log(values), lambda: self._draw(loop, result), *alerts):
+        reports: list[Callable[[], None]] = [lambda: loop.log(values), lambda: self._draw(loop, result)]
+        reports += [partial(loop.alert, f"{self.name}: {alarm.name}", alarm.message) for alarm in found]
+        for report in reports:
             try:
                 report()
             except Exception as error:
