@@ -12,6 +12,7 @@ Points = Sequence[Mapping[str, float]]
 _SURE = 1.96  # standard errors of a 95 % interval
 _NOTHING = 0.002  # nats a token: a gain that is none, however sure it is
 _LOSS_FELL = 0.1  # of the first loss
+_LOSS_ROSE = 0.25  # of the least loss
 _POINTS = 3  # in a row that say the same: a model learns how captions go before it learns to look
 _LOUD = 10.0  # mean norm of vision over text tokens
 _SOME_GAIN = 0.02  # nats a token: one that can be lost
@@ -133,7 +134,27 @@ def _loss_stands(points: Points) -> str | None:
     )
 
 
-_RULES: tuple[Callable[[Points], str | None], ...] = (_no_gain, _gain_falls, _collapse, _loud, _loss_stands)
+def _loss_rises(points: Points) -> str | None:
+    name = "loss" if _with(points, "loss") else "mir_loss"
+    points = _with(points, name)
+    best = min(points, key=lambda point: point[name], default={})
+    if len(points) <= _POINTS or any(point[name] < (1 + _LOSS_ROSE) * best[name] for point in points[-_POINTS:]):
+        return None
+    return (
+        f"the loss on the probe rose from {best[name]:.3f} at step {best['step']:.0f} to {points[-1][name]:.3f}: "
+        "what is trained is not what the probe asks. Labels shifted twice or not at all, another prompt, learning by "
+        "heart, a rate too high?"
+    )
+
+
+_RULES: tuple[Callable[[Points], str | None], ...] = (
+    _no_gain,
+    _gain_falls,
+    _collapse,
+    _loud,
+    _loss_stands,
+    _loss_rises,
+)
 
 
 def label_fault(batches: Iterable[Mapping[str, Any]], vision: Iterable[Tensor]) -> str | None:

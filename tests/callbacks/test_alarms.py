@@ -74,6 +74,8 @@ def _points(**readings):
         ({"mir_loss": [3, 0]}, ["loss_stands"]),
         ({"mir_loss": [3, 2, 2, 2, 2]}, ["loss_stands"]),
         ({"mir_loss": [3, 2, 2, 2, 1.9]}, []),
+        ({"mir_loss": [3, 2, 2.5, 2.7, 2.6]}, ["loss_rises"]),
+        ({"mir_loss": [3, 2, 2.5, 2.7, 2.4]}, []),
     ],
 )
 def test_what_the_last_point_says(readings, names):
