@@ -142,8 +142,8 @@ def _loss_rises(points: Points) -> str | None:
         return None
     return (
         f"the loss on the probe rose from {best[name]:.3f} at step {best['step']:.0f} to {points[-1][name]:.3f}: "
-        "what is trained is not what the probe asks. Labels shifted twice or not at all, another prompt, learning by "
-        "heart, a rate too high?"
+        "what is trained is not what the probe asks. Labels shifted twice or not at all, another prompt, learning "
+        "by heart, a rate too high?"
     )
 
 
