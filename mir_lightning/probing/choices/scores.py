@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 
 from mir_lightning.probing.choices.items import ChoiceItem
@@ -16,6 +17,7 @@ from mir_lightning.probing.choices.probe import ChoiceProbe, EncodedChoices, com
 from mir_lightning.vlm import compute_dtype, execution_device
 
 Score = Literal["logit", "logprob"]
+Side = Literal["left", "right"]
 Forward = Callable[..., Any]
 
 
@@ -53,15 +55,15 @@ class CandidateScorer:
         """
         encoded = self.probe.encode(items)
         lengths = encoded.shared()
+        width = max(lengths)
         with _decoder_positions(self.model) as seen:
             first = self._run(**self._prefixes(encoded, lengths), use_cache=True, **self._last_logits(1))
         cache = first.past_key_values
-        width = max(lengths)
         if not isinstance(cache, Cache) or cache.get_seq_length() != width:
             raise ValueError(f"{type(self.model).__name__} gave no cache of the {width} prompt tokens.")
         owner = [i for i, candidates in enumerate(encoded.candidates) for _ in candidates]
-        rows = [candidate for candidates in encoded.candidates for candidate in candidates]
-        rest = [row.ids[lengths[i] :] for i, row in zip(owner, rows, strict=True)]
+        used = [lengths[i] for i in owner]
+        rest = [row.ids[length:] for row, length in zip(encoded.rows, used, strict=True)]
         logits = first.logits[:, -1:][owner]  # [N, 1, V], of the first token of each rest
         if self.in_step or max(map(len, rest)) > 1:
             tails = _pad([tokens[:-1] or tokens for tokens in rest], "right", self.pad)
@@ -76,33 +78,24 @@ class CandidateScorer:
                 **self._next_positions(seen, owner, width, tails.shape[1]),
             )
             logits = torch.cat([logits, output.logits], dim=1)
-        starts = [row.start - lengths[i] for i, row in zip(owner, rows, strict=True)]
-        return self._by_item(encoded, self._means(logits, rest, starts))
+        return self._means(encoded, logits, used)
 
     def whole(self, items: Sequence[ChoiceItem]) -> list[Tensor]:
         """Scores ``[candidates]`` by item: one forward in which each candidate has its prompt before it."""
         encoded = self.probe.encode(items)
         first, logits = self._whole_logits(items, encoded)
-        rows = [candidate for candidates in encoded.candidates for candidate in candidates]
-        rest = [row.ids[first + 1 :] for row in rows]
-        return self._by_item(encoded, self._means(logits, rest, [row.start - first - 1 for row in rows]))
+        return self._means(encoded, logits, [first + 1] * len(encoded.rows))
 
     def _whole_logits(self, items: Sequence[ChoiceItem], encoded: EncodedChoices) -> tuple[int, Tensor]:
         """Logits ``[N, T, V]`` of all candidates with their prompts, from the first position that any needs on."""
         inputs = self.probe.repeat(items)
-        ids = [candidate.ids for candidates in encoded.candidates for candidate in candidates]
+        ids = [row.ids for row in encoded.rows]
         prompts = valid_rows(inputs, inputs["input_ids"])
         kept = [common_prefix(prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
-        sequences = {
-            key: _pad([v[:k] + [0] * (len(row) - k) for v, k, row in zip(values, kept, ids, strict=True)], "right")
-            for key, values in _token_values(inputs).items()
-        }
-        sequences["input_ids"] = _pad(ids, "right", self.pad)
-        sequences["attention_mask"] = _pad([[1] * len(row) for row in ids], "right")
-        first = min(encoded.shared()) - 1
-        width = sequences["input_ids"].shape[1]
+        first, width = min(encoded.shared()) - 1, max(map(len, ids))
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.accepted else {}
-        output = self._run(**{**inputs, **sequences}, **options, **self._last_logits(width - first))
+        sequences = self._padded(inputs, ids, kept, "right")
+        output = self._run(**sequences, **options, **self._last_logits(width - first))
         return first, output.logits[:, first - width :]
 
     def greedy(self, items: Sequence[ChoiceItem], count: int) -> list[list[int]]:
@@ -159,15 +152,22 @@ class CandidateScorer:
 
     def _prefixes(self, encoded: EncodedChoices, lengths: Sequence[int]) -> dict[str, Any]:
         """Inputs of the shared part of each prompt, padded on the left so that the candidates follow at once."""
-        cut = {
-            key: _pad([v[:length] for v, length in zip(values, lengths, strict=True)], "left")
-            for key, values in _token_values(encoded.inputs).items()
+        ids = [prompt[:length] for prompt, length in zip(encoded.prompts, lengths, strict=True)]
+        return self._padded(encoded.inputs, ids, lengths, "left")
+
+    def _padded(self, inputs: dict[str, Any], ids: list[list[int]], kept: Sequence[int], side: Side) -> dict:
+        """Inputs with other token ids; what else has a value a token keeps that of the first ``kept`` of a row."""
+        of_tokens = {
+            key: [
+                v[:k] + [0] * (len(row) - k)
+                for v, k, row in zip(valid_rows(inputs, value), kept, ids, strict=True)
+            ]
+            for key, value in inputs.items()
+            if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape
         }
-        cut["input_ids"] = _pad(
-            [p[:length] for p, length in zip(encoded.prompts, lengths, strict=True)], "left", self.pad
-        )
-        cut["attention_mask"] = _pad([[1] * length for length in lengths], "left")
-        return {**encoded.inputs, **cut}
+        of_tokens["attention_mask"] = [[1] * len(row) for row in ids]
+        padded = {key: _pad(rows, side) for key, rows in of_tokens.items()}
+        return {**inputs, **padded, "input_ids": _pad(ids, side, self.pad)}
 
     def _next_positions(
         self, seen: Sequence[Tensor], owner: Sequence[int], width: int, count: int
@@ -201,35 +201,24 @@ class CandidateScorer:
         self._logits_dtype = output.logits.dtype
         return output
 
-    def _means(self, logits: Tensor, rest: Sequence[list[int]], starts: Sequence[int]) -> Tensor:
-        """Mean scores ``[N]`` of tokens ``rest[n][starts[n]:]``; ``logits[n, t]`` predict ``rest[n][t]``."""
+    def _means(self, encoded: EncodedChoices, logits: Tensor, used: Sequence[int]) -> list[Tensor]:
+        """By item, mean scores of its candidates; ``logits[n, t]`` predict token ``used[n] + t`` of the n-th."""
+        rest = [row.ids[length:] for row, length in zip(encoded.rows, used, strict=True)]
         targets = _pad(rest, "right").to(logits.device)
         logits = logits[:, : targets.shape[1]].float()
         scores = logits.gather(2, targets[:, :, None])[:, :, 0].double()
         if self.score == "logprob":
             scores = scores - logits.logsumexp(dim=2).double()
-        means = [row[start : len(ids)].mean() for row, start, ids in zip(scores, starts, rest, strict=True)]
-        return torch.stack(means).cpu()
-
-    def _by_item(self, encoded: EncodedChoices, scores: Tensor) -> list[Tensor]:
-        return list(scores.split([len(candidates) for candidates in encoded.candidates]))
-
-
-def _token_values(inputs: Mapping[str, Any]) -> dict[str, list[list[int]]]:
-    """Inputs that have a value a token, ``[B, S]``, without padding."""
-    shape = inputs["input_ids"].shape
-    return {
-        key: valid_rows(dict(inputs), value)
-        for key, value in inputs.items()
-        if isinstance(value, Tensor) and value.shape == shape
-    }
+        means = [
+            found[row.start - length : len(row.ids) - length].mean()
+            for found, row, length in zip(scores, encoded.rows, used, strict=True)
+        ]
+        return list(torch.stack(means).cpu().split([len(candidates) for candidates in encoded.candidates]))
 
 
-def _pad(rows: Sequence[list[int]], side: Literal["left", "right"], value: int = 0) -> Tensor:
+def _pad(rows: Sequence[list[int]], side: Side, value: int = 0) -> Tensor:
     """Rows as an integer tensor, ``value`` where a row is shorter."""
-    width = max(map(len, rows))
-    gaps = [[value] * (width - len(row)) for row in rows]
-    return torch.tensor([row + gap if side == "right" else gap + row for row, gap in zip(rows, gaps, strict=True)])
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, side)
 
 
 @contextmanager
