@@ -158,10 +158,8 @@ def _kinds(batch: Batch) -> list[Hashable]:
     """Of each sample, what has to be the same for an exchange; ``None`` without a picture."""
     length = None if "attention_mask" in batch else batch["input_ids"].shape[1]  # padding could not be told apart
     of_batch = (length, *_text_keys(batch), *sorted({value.shape[1:] for value in _pixels(batch)}))
-    runs = [
-        tuple(len(list(run)) for vision, run in itertools.groupby(row) if vision)
-        for row in batch["vision_mask"].tolist()
-    ]
+    rows = batch["vision_mask"].tolist()
+    runs = [tuple(len(list(run)) for vision, run in itertools.groupby(row) if vision) for row in rows]
     return [(of_run, of_batch) if of_run else None for of_run in runs]
 
 

@@ -48,13 +48,11 @@ def read_pairs(images: Path, texts: Path, num: int, seed: int | None = None) -> 
         ValueError: if a folder is none or holds too few, or if a file or a line is not as it should be.
     """
     check_at_least_one(num=num)
-    chosen = _choose(_files(images, _IMAGE_SUFFIXES, "images"), num, seed, f"images: {images}")
+    chosen = choose(_files(images, _IMAGE_SUFFIXES, "images"), num, seed, f"images: {images}")
     sources = [texts] if texts.suffix.lower() == ".jsonl" else _files(texts, _TEXT_SUFFIXES, "texts")
     all_texts = [text for path in sources for text in _texts(path)]
-    return [
-        Pair((image,), (text,))
-        for image, text in zip(chosen, _choose(all_texts, num, seed, f"texts: {texts}"), strict=True)
-    ]
+    chosen_texts = choose(all_texts, num, seed, f"texts: {texts}")
+    return [Pair((image,), (text,)) for image, text in zip(chosen, chosen_texts, strict=True)]
 
 
 def _files(folder: Path, suffixes: set[str], name: str) -> list[Path]:
@@ -63,7 +61,8 @@ def _files(folder: Path, suffixes: set[str], name: str) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
 
 
-def _choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T]:
+def choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T]:
+    """The first ``num``, or as many drawn with the seed; a ``ValueError`` that names ``what`` holds fewer."""
     if len(found) < num:
         raise ValueError(f"{what} holds {len(found)}, {num} are needed (num; on the command line --num).")
     return list(found[:num]) if seed is None else random.Random(seed).sample(list(found), num)
@@ -184,15 +183,10 @@ class PairProbe(Probe):
     def _prompts(self, pairs: Sequence[Pair]) -> list[str]:
         token, prompt = getattr(self.processor, "image_token", None), str(self.prompt)
         if token is None:
-            raise ValueError(
-                f"{type(self.processor).__name__} has no chat template, and no image_token to put into a prompt."
-            )
+            raise ValueError(f"{type(self.processor).__name__} has no chat template and no image_token to use.")
         pictures = [str(token) * len(pair.images) for pair in pairs]
         texts = ["\n".join(pair.turns) for pair in pairs]
-        return [
-            prompt.replace("{image}", shown).replace("{text}", text)
-            for shown, text in zip(pictures, texts, strict=True)
-        ]
+        return [prompt.replace("{image}", p).replace("{text}", t) for p, t in zip(pictures, texts, strict=True)]
 
     def _chat(self, pairs: Sequence[Pair], images: Sequence[Sequence[Any]], **options: Any) -> Any:
         conversations = []

@@ -94,14 +94,10 @@ class ChoiceProbe:
         if getattr(processor, "tokenizer", None) is None:
             raise ValueError(f"processor must have a tokenizer, got {type(processor).__name__}.")
         if processor.tokenizer.pad_token_id is None:
-            raise ValueError(
-                "processor.tokenizer has no pad token: set tokenizer.pad_token, for example to its eos."
-            )
+            raise ValueError("processor.tokenizer has no pad token: set its pad_token, for example to its eos.")
         self.image_text = image_text or getattr(processor, "image_token", None) or ""
         if not self.image_text and any(item.images for item in self.items):
-            raise ValueError(
-                f"{type(processor).__name__} has no image_token: say with image_text what stands for a picture."
-            )
+            raise ValueError(f"{type(processor).__name__} has no image_token: say with image_text what it is.")
         self.processor = processor
         self.template = template
 
