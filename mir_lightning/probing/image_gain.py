@@ -103,7 +103,9 @@ def evaluate_image_gain(
     exchange = Exchange(network, probe, seed)
     with leave_no_trace(network.model):
         losses = fit_into_memory(
-            lambda arms: _losses(network, exchange, arms, distributed, progress), exchange.arms, _halved
+            lambda arms: _losses(network, exchange, arms, distributed, progress),
+            exchange.arms,
+            lambda arms: [half for arm in arms if (half := arm.halved()) is not None] or None,
         )
     paired = exchange.paired
 
@@ -122,12 +124,9 @@ def evaluate_image_gain(
             sources[name] = SourceGain(of_source.gain, of_source.standard_error, int(chosen.sum()))
     nowhere = torch.full(paired.shape, math.nan, dtype=torch.float64)
     placed = {name: nowhere.masked_scatter(paired, getattr(found, name)) for name in ("samples", "samples_blank")}
-    known = {"sources": sources, "seconds": time.perf_counter() - start, "fingerprint": probe.fingerprint}
-    return ImageGainResult(**{**found._asdict(), **placed, **known})
-
-
-def _halved(arms: list[MaskedBatches]) -> list[MaskedBatches] | None:
-    return [half for arm in arms if (half := arm.halved()) is not None] or None
+    fields: Any = {**found._asdict(), **placed}
+    seconds = time.perf_counter() - start
+    return ImageGainResult(**fields, sources=sources, seconds=seconds, fingerprint=probe.fingerprint)
 
 
 def _losses(
@@ -151,9 +150,8 @@ def _losses(
 
     run_together(len(own), run, distributed, network.device, progress)
     if distributed:
-        found = torch.tensor(sum_over_ranks(found.flatten().tolist(), network.device), dtype=found.dtype).view(
-            3, -1
-        )
+        total = sum_over_ranks(found.flatten().tolist(), network.device)
+        found = torch.tensor(total, dtype=found.dtype).view(3, -1)
     return found
 
 
