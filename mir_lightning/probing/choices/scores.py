@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,30 +22,22 @@ Side = Literal["left", "right"]
 Forward = Callable[..., Any]
 
 
+@dataclass(eq=False)
 class CandidateScorer:
-    """Mean scores of candidates' tokens under a model.
+    """Mean scores of candidates' tokens under a model."""
 
-    Args:
-        model: a Hugging Face model.
-        probe: its items are scored.
-        score: what each token gets: its raw ``"logit"``, or ``"logprob"``.
-        forward: called with a forward's inputs; it reaches the model.
-        in_step: run the same number of forwards for every batch, as sharded models need.
-    """
+    model: PreTrainedModel
+    probe: ChoiceProbe  # its items are scored
+    score: Score  # what each token gets
+    forward: Forward  # called with a forward's inputs; it reaches the model
+    in_step: bool  # run the same number of forwards for every batch, as sharded models need
 
-    def __init__(
-        self, model: PreTrainedModel, probe: ChoiceProbe, score: Score, forward: Forward, in_step: bool
-    ) -> None:
-        self.model = model
-        self.probe = probe
-        self.score = score
-        self.forward = forward
-        self.in_step = in_step
-        self.device = execution_device(model)
-        self.dtype = compute_dtype(model)
-        self.pad = probe.processor.tokenizer.pad_token_id
-        self.accepted = inspect.signature(model.forward).parameters
-        self.keeps_deltas = any(hasattr(module, "rope_deltas") for module in model.modules())
+    def __post_init__(self) -> None:
+        self.device = execution_device(self.model)
+        self.dtype = compute_dtype(self.model)
+        self.pad = self.probe.processor.tokenizer.pad_token_id
+        self.accepted = inspect.signature(self.model.forward).parameters
+        self.keeps_deltas = any(hasattr(module, "rope_deltas") for module in self.model.modules())
         self._logits_dtype = torch.float32
 
     def shared(self, items: Sequence[ChoiceItem]) -> list[Tensor]:
@@ -66,17 +59,11 @@ class CandidateScorer:
         rest = [row.ids[length:] for row, length in zip(encoded.rows, used, strict=True)]
         logits = first.logits[:, -1:][owner]  # [N, 1, V], of the first token of each rest
         if self.in_step or max(map(len, rest)) > 1:
-            tails = _pad([tokens[:-1] or tokens for tokens in rest], "right", self.pad)
-            valid = _pad([[1] * len(tokens[:-1] or tokens) for tokens in rest], "right")
+            tails = [tokens[:-1] or tokens for tokens in rest]
             cache.batch_select_indices(torch.tensor(owner, device=self.device))
-            prefix = _pad([[1] * length for length in lengths], "left")[owner]
-            output = self._run(
-                input_ids=tails,
-                attention_mask=torch.cat([prefix, valid], dim=1),
-                past_key_values=cache,
-                use_cache=True,
-                **self._next_positions(seen, owner, width, tails.shape[1]),
-            )
+            mask = torch.cat([_valid(lengths, "left")[owner], _valid(map(len, tails), "right")], dim=1)
+            positions = self._next_positions(seen, owner, width, max(map(len, tails)))
+            output = self._go_on(cache, _pad(tails, "right", self.pad), mask, positions)
             logits = torch.cat([logits, output.logits], dim=1)
         return self._means(encoded, logits, used)
 
@@ -104,20 +91,19 @@ class CandidateScorer:
         lengths = [len(prompt) for prompt in encoded.prompts]
         with _decoder_positions(self.model) as seen:
             output = self._run(**self._prefixes(encoded, lengths), use_cache=True, **self._last_logits(1))
-        mask = _pad([[1] * length for length in lengths], "left")
+        mask = _valid(lengths, "left")
         made = [output.logits[:, -1].argmax(dim=-1)]
         while len(made) < count:
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             positions = self._next_positions(seen, range(len(items)), max(lengths), len(made))
-            output = self._run(
-                input_ids=made[-1][:, None],
-                attention_mask=mask,
-                past_key_values=output.past_key_values,
-                use_cache=True,
-                **{key: value[..., -1:] for key, value in positions.items()},
-            )
+            last = {key: value[..., -1:] for key, value in positions.items()}
+            output = self._go_on(output.past_key_values, made[-1][:, None], mask, last)
             made.append(output.logits[:, -1].argmax(dim=-1))
         return torch.stack(made, dim=1).tolist()
+
+    def _go_on(self, cache: Cache, ids: Tensor, mask: Tensor, positions: Mapping[str, Tensor]) -> Any:
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **positions}
+        return self._run(**inputs, use_cache=True)
 
     def can_share(self, items: Sequence[ChoiceItem]) -> bool:
         """Whether candidates may continue from a shared cache: it scores ``items`` as whole forwards do.
@@ -165,9 +151,9 @@ class CandidateScorer:
             for key, value in inputs.items()
             if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape
         }
-        of_tokens["attention_mask"] = [[1] * len(row) for row in ids]
         padded = {key: _pad(rows, side) for key, rows in of_tokens.items()}
-        return {**inputs, **padded, "input_ids": _pad(ids, side, self.pad)}
+        valid = _valid(map(len, ids), side)
+        return {**inputs, **padded, "input_ids": _pad(ids, side, self.pad), "attention_mask": valid}
 
     def _next_positions(
         self, seen: Sequence[Tensor], owner: Sequence[int], width: int, count: int
@@ -209,16 +195,19 @@ class CandidateScorer:
         scores = logits.gather(2, targets[:, :, None])[:, :, 0].double()
         if self.score == "logprob":
             scores = scores - logits.logsumexp(dim=2).double()
-        means = [
-            found[row.start - length : len(row.ids) - length].mean()
-            for found, row, length in zip(scores, encoded.rows, used, strict=True)
-        ]
-        return list(torch.stack(means).cpu().split([len(candidates) for candidates in encoded.candidates]))
+        parts = [s[c.start - n : len(c.ids) - n] for s, c, n in zip(scores, encoded.rows, used, strict=True)]
+        means = torch.stack([part.mean() for part in parts])
+        return list(means.cpu().split([len(candidates) for candidates in encoded.candidates]))
 
 
 def _pad(rows: Sequence[list[int]], side: Side, value: int = 0) -> Tensor:
     """Rows as an integer tensor, ``value`` where a row is shorter."""
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, side)
+
+
+def _valid(lengths: Iterable[int], side: Side) -> Tensor:
+    """The mask of rows of these lengths."""
+    return _pad([[1] * length for length in lengths], side)
 
 
 @contextmanager
