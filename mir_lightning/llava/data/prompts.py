@@ -89,7 +89,9 @@ class ChatPrompt(PlainPrompt):
             alone = self._between(marks[: place + 1], self._write(marks[: place + 1], False))[-1]
             end = after if last else after[: common_prefix(after, alone)]
             spans += [*_apart(text + end, learned=True), Span(after[len(end) :], False)]
-        return _joined(spans)
+        # Neighbours that are learned, or are not, as one: they are tokenised together.
+        runs = itertools.groupby((span for span in spans if span.text), key=lambda span: span.learned)
+        return [Span("".join(span.text for span in run), learned) for learned, run in runs]
 
     def question(self, text: str) -> str:
         """A user's turn, up to where the model's answer begins."""
@@ -121,12 +123,6 @@ def _apart(text: str, learned: bool) -> list[Span]:
     """Pictures in what a model says are not learned."""
     pieces = [piece for piece in re.split(f"({IMAGE})", text) if piece]
     return [Span(piece, learned and piece != IMAGE) for piece in pieces]
-
-
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Neighbours that are learned, or are not, as one: they are tokenised together."""
-    runs = itertools.groupby((span for span in spans if span.text), key=lambda span: span.learned)
-    return [Span("".join(span.text for span in run), learned) for learned, run in runs]
 
 
 def starts_with_bos(tokenizer: Any) -> bool:
