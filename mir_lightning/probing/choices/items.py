@@ -149,12 +149,7 @@ def _item_of(
 ) -> ChoiceItem:
     item_id = str(row.get("id", default_id))
     images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
-    return ChoiceItem(
-        id=item_id,
-        prompt=str(row.get("question", "")),
-        answer=str(row.get("answer", "")),
-        distractors=sample_distractors(row.get("distractors", []), max_distractors, seed, item_id),
-        task=str(row.get("task", "")),
-        ability=str(row.get("ability", "")),
-        images=tuple(folder / name for name in images),
-    )
+    prompt, answer, task, ability = (str(row.get(key, "")) for key in ("question", "answer", "task", "ability"))
+    distractors = sample_distractors(row.get("distractors", []), max_distractors, seed, item_id)
+    pictures = tuple(folder / name for name in images)
+    return ChoiceItem(item_id, prompt, answer, distractors, task, ability, pictures)

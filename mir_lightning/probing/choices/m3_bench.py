@@ -88,15 +88,8 @@ def _task_items(folder: Path, max_distractors: int | None, seed: int) -> Iterato
             item_id = f"{task}/{q_id}"
             distractors = sample_distractors(row.get("distraction", []), max_distractors, seed, item_id)
             prompt, answer, distractors = _with_options(row, distractors, random.Random(f"{seed}/{item_id}"))
-            yield ChoiceItem(
-                id=item_id,
-                prompt=_MARK.sub(IMAGE, prompt),
-                answer=answer,
-                distractors=distractors,
-                task=task,
-                ability=ability,
-                images=tuple(_picture(pictures, names) for names in _picture_names(q_id, row, prompt)),
-            )
+            images = tuple(_picture(pictures, names) for names in _picture_names(q_id, row, prompt))
+            yield ChoiceItem(item_id, _MARK.sub(IMAGE, prompt), answer, distractors, task, ability, images)
 
 
 def _questions(file: Path) -> Mapping[str, Mapping[str, Any]]:
