@@ -50,11 +50,7 @@ class Eval(EvaluationOptions):
         type=at_least_one,
         metavar="N",
     )
-
-    gain: bool = option(
-        "also measure what its picture is worth to a text: needs texts that belong to the pictures (captions)",
-        False,
-    )
+    gain: bool = option("also what a picture is worth to its text, which must belong to it (captions)", False)
 
     @property
     def worst_plot(self) -> Path | None:

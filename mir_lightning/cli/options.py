@@ -172,9 +172,7 @@ class EvaluationOptions(ProbeOptions):
         "of the weights; auto is the saved one, on a CPU float32 where it would have to emulate that", "auto"
     )
     variant: Variant = option("of the metric", "paper")
-    interval: bool = option(
-        "how sure the number is: standard error of MIR and influence of each sample, one more pass", False
-    )
+    interval: bool = option("standard error of MIR and influence of each sample, by one more pass", False)
     rank_order: RankOrder = option("of the effective rank: 2, the free one, or 1, the entropy one", 2)
     layers: str | None = option("dotted path of the decoder layers inside the model, if not found by itself")
     image_token_id: int | None = option("placeholder of vision tokens, if the config is wrong")

@@ -17,7 +17,7 @@ class Report(Command):
 
     runs: list[Path] = option("folder, metrics.csv or trainer_state.json", MISSING, metavar="RUN", nargs="+")
     score: str | None = option(
-        "downstream score of each run: a .json file of run names and numbers, or the name of a logged metric"
+        "downstream score: a .json file of run names and numbers, or a logged metric's name"
     )
     html: Path | None = option("write a page that opens offline", type=output_file)
     plot: Path | None = option("draw the curves into this file (.png, .pdf, .svg)", type=picture_file)
