@@ -258,12 +258,10 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         table.add_column(column, justify="left" if column in (columns[0], columns[-1]) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(
-        file=io.StringIO(), width=10_000, color_system=None, markup=False, emoji=False, highlight=False
-    )
-    with console.capture() as written:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in written.get().splitlines())
+    plain: Any = dict.fromkeys(("markup", "emoji", "highlight"), False)
+    written = io.StringIO()
+    Console(file=written, width=10_000, color_system=None, **plain).print(table)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 def correlation_table(rows: Sequence[Correlation], score: str) -> tuple[list[str], list[list[str]]]:

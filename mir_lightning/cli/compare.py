@@ -53,13 +53,10 @@ class Compare(EvaluationOptions):
         for key, name in _MUST_AGREE.items():
             values = {str(record[key]): record["model"] for record in records}
             if len(values) > 1:
-                differences.append(
-                    f"{name} {', '.join(f'{value[:12]} ({model})' for value, model in values.items())}"
-                )
+                given = ", ".join(f"{value[:12]} ({model})" for value, model in values.items())
+                differences.append(f"{name} {given}")
         if differences and not self.allow_different:
-            raise ValueError(
-                f"these results are not comparable: {'; '.join(differences)}. --allow-different shows them anyway."
-            )
+            raise ValueError(f"not comparable: {'; '.join(differences)}. --allow-different shows them anyway.")
         names = [Path(record["model"]).name or record["model"] for record in records]
         if len(set(names)) < len(names):
             names = [record["model"] for record in records]
@@ -71,11 +68,10 @@ class Compare(EvaluationOptions):
         table = [list(rows[0]), *(list(row.values()) for row in rows)]
         self.write(records, table, lambda: figures.layer_comparison_figure(curves))
         printed = {key: form for key, form in _PRINTED.items() if key in rows[0]}
-        cells = [
-            ["" if row[key] is None else f"{row[key]:{form}}" for key, form in printed.items()] for row in rows
-        ]
-        bars = [layer_bars(record["layers"]) for record in records]
-        lines = [[*row, bar] for row, bar in zip(cells, bars, strict=True)]
+        lines = []
+        for row, record in zip(rows, records, strict=True):
+            cells = ("" if row[key] is None else f"{row[key]:{form}}" for key, form in printed.items())
+            lines.append([*cells, layer_bars(record["layers"])])
         columns = [shown(key, "+-") if key == "±" else key for key in printed]
         print(text_table([*columns, "layers, to the largest"], lines))
         for difference in differences:
@@ -95,9 +91,8 @@ class Compare(EvaluationOptions):
             known = {key: kind for key, kind in newer.items() if record.get(key) is not None}
             check_json(place, record, known)
             if self.interval and "influence" not in known:
-                raise ValueError(
-                    f'--interval: {source} holds no influences; "mir-lightning eval --interval" does.'
-                )
+                remedy = '"mir-lightning eval --interval" does'
+                raise ValueError(f"--interval: {source} holds no influences; {remedy}.")
         else:
             record, _ = evaluate_source(source, self)
             gc.collect()  # the model is in reference cycles, and the next one may not fit beside it
@@ -113,8 +108,7 @@ def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
     vision, text = (fmean(column) for column in zip(*record["effective_rank"], strict=True))
     error = record.get("standard_error")
     row = {"model": name, "mir": record["mir"], "±": None if error is None else 1.96 * error}
-    row |= {"robust": record["mir_robust"]}
-    row |= {"vision rank": vision, "text rank": text}
+    row |= {"robust": record["mir_robust"], "vision rank": vision, "text rank": text}
     row |= {"vision tokens": record["vision_tokens"], "text tokens": record["text_tokens"]}
     return row | {"layers": len(record["layers"]), "variant": record["variant"]}
 

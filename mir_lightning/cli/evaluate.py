@@ -32,6 +32,7 @@ from mir_lightning.probing.image_gain import ImageGainResult, evaluate_image_gai
 from mir_lightning.probing.images import read_image
 from mir_lightning.probing.pairs import Pair, PairProbe, check_prompt
 from mir_lightning.probing.probe import Probe
+from mir_lightning.probing.ranks import fit_into_memory
 from mir_lightning.report import literal, text_table
 from mir_lightning.vlm import find_vlm
 
@@ -49,11 +50,7 @@ class Eval(EvaluationOptions):
         type=at_least_one,
         metavar="N",
     )
-
-    gain: bool = option(
-        "also measure what its picture is worth to a text: needs texts that belong to the pictures (captions)",
-        False,
-    )
+    gain: bool = option("also what a picture is worth to its text, which must belong to it (captions)", False)
 
     @property
     def worst_plot(self) -> Path | None:
@@ -65,9 +62,7 @@ class Eval(EvaluationOptions):
         self.interval |= self.worst is not None
         super().__post_init__()
         if self.worst and self.probe:
-            raise ValueError(
-                "--worst shows pictures and texts: give --images and --texts, or --data, not --probe."
-            )
+            raise ValueError("--worst shows pictures and texts: give --images and --texts or --data, not --probe.")
         if self.worst and self.worst > self.num:
             raise ValueError(f"--worst {self.worst}: the probe has {self.num} pairs (--num).")
         if self.worst_plot:
@@ -127,16 +122,16 @@ def evaluate_source(
         processor = load_processor(source, options.processor)
         check_prompt(options.prompt, processor)
         model = load_model(source, options)
-        while True:
-            made = PairProbe(processor, find_vlm(model).config, pairs, size, options.prompt, options.text, gain)
-            prompt = made.prompt or "chat template"
-            try:
-                found = _evaluate(model, made, options, gain)
-                break
-            except torch.OutOfMemoryError:  # of batches that the engine cannot cut
-                size = len(made.pairs[0]) // 2
-                if options.batch_size is not None or size == 0:
-                    raise
+
+        def make(size: int) -> PairProbe:
+            return PairProbe(processor, find_vlm(model).config, pairs, size, options.prompt, options.text, gain)
+
+        prompt, most = make(size).prompt or "chat template", min(size, len(pairs))
+        found = fit_into_memory(  # batches that the engine cannot cut
+            lambda size: _evaluate(model, make(size), options, gain),
+            most,
+            lambda size: size // 2 or None if options.batch_size is None else None,
+        )
     return {"model": source, "source": origin, "prompt": prompt, **found}, pairs
 
 
@@ -144,18 +139,9 @@ def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions, gain: 
     """Fields of the result, and those of the image gain below ``image_gain``."""
     progress = None if options.no_progress else "probe"
     try:
-        result = evaluate_mir(
-            model,
-            probe,
-            options.variant,
-            options.text,
-            layers=options.layers,
-            image_token_id=options.image_token_id,
-            check=not options.no_check,
-            progress=progress,
-            interval=options.interval,
-            rank_order=options.rank_order,
-        )
+        names = ("variant", "text", "layers", "image_token_id", "interval", "rank_order")
+        chosen = {name: getattr(options, name) for name in names}
+        result = evaluate_mir(model, probe, **chosen, check=not options.no_check, progress=progress)
         token, title = options.image_token_id, progress and f"{progress}, gain"
         worth = evaluate_image_gain(model, probe, image_token_id=token, progress=title) if gain else None
         return {**_plain(result), "image_gain": worth and _plain(worth)}
@@ -169,10 +155,8 @@ def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions, gain: 
 def _plain(result: MIRResult | ImageGainResult) -> dict[str, Any]:
     """Fields as JSON has them: it has no NaN, which is for what is unknown."""
     found = {k: v for k, v in vars(result).items() if k not in ("sample", "sources")}
-    return json.loads(
-        json.dumps(found, default=Tensor.tolist),
-        parse_constant=lambda name: None if name == "NaN" else float(name),
-    )
+    text = json.dumps(found, default=Tensor.tolist)
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
 
 
 def summary(record: Mapping[str, Any]) -> str:
@@ -193,13 +177,12 @@ def summary(record: Mapping[str, Any]) -> str:
         "layers": f"{layer_bars(layers)}  {min(layers):.3g} to {max(layers):.3g}",
         "seconds": f"{record['seconds']:.1f}",
     }
-    if found := record["image_gain"]:
+    if gains := record["image_gain"]:
         other, blank = (
-            f"{found[f'gain{of}']:.4f}{plus_minus(found[f'standard_error{of}'])}" for of in ("", "_blank")
+            f"{gains[f'gain{of}']:.4f}{plus_minus(gains[f'standard_error{of}'])}" for of in ("", "_blank")
         )
-        lines["gain"] = (
-            f"{other} nats a token with another picture, {blank} with a blank one (95 %; higher is better)"
-        )
+        pictures = f"nats a token with another picture, {blank} with a blank one"
+        lines["gain"] = f"{other} {pictures} (95 %; higher is better)"
     sure = plus_minus(record["standard_error"])
     first = f"MIR {record['mir']:.4f}{sure} ({'95 %; ' * bool(sure)}{record['variant']}; lower is better aligned)"
     return "\n".join([first, *(f"  {name:<8}  {line}" for name, line in lines.items())])

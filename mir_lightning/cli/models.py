@@ -25,9 +25,8 @@ def load_model(source: str, options: EvaluationOptions) -> nn.Module:
         OSError: if nothing can be loaded from it.
     """
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    device = torch.device(
-        options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if options.device == "auto" else options.device)
     on_cpu = options.device_map is None and device.type == "cpu"
     if on_cpu and dtype == torch.bfloat16:
         warn_of_slow_bfloat16("--dtype bfloat16", "--dtype float32")

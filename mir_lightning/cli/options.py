@@ -8,6 +8,7 @@ import json
 import os
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -75,22 +76,17 @@ def device(value: str) -> str:
         if value != "auto":
             torch.zeros(1, device=value).tolist()
     except Exception as error:  # each kind of device fails in its own way
-        message = (
-            f"must be auto, cpu, or another device that torch finds here, such as cuda or cuda:1, got {value!r}"
-        )
-        raise ArgumentTypeError(message) from error
+        known = "auto, cpu, or another device that torch finds here, such as cuda or cuda:1"
+        raise ArgumentTypeError(f"must be {known}, got {value!r}") from error
     return value
 
 
 def share(value: str) -> float:
     """An argument that is a part of a whole."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 1:
-        raise ArgumentTypeError(f"must be a share in [0, 1), got {value!r}")
-    return number
+    with suppress(ValueError):
+        if 0 <= float(value) < 1:
+            return float(value)
+    raise ArgumentTypeError(f"must be a share in [0, 1), got {value!r}")
 
 
 def flags(names: Iterable[str]) -> str:
@@ -156,9 +152,7 @@ class ProbeOptions(Command):
         type=lambda prompt: prompt.replace(r"\n", "\n"),
     )
     text: TextPositions = option("which positions count as text", "after_vision")
-    max_unreadable: float = option(
-        "share of pairs whose images may be unreadable", 0.01, type=share, metavar="SHARE"
-    )
+    max_unreadable: float = option("share of pairs that may be unreadable", 0.01, type=share, metavar="SHARE")
     processor: str | None = option("folder or hub id of the processor, if it is not beside the model")
 
     def __post_init__(self) -> None:
@@ -178,9 +172,7 @@ class EvaluationOptions(ProbeOptions):
         "of the weights; auto is the saved one, on a CPU float32 where it would have to emulate that", "auto"
     )
     variant: Variant = option("of the metric", "paper")
-    interval: bool = option(
-        "how sure the number is: standard error of MIR and influence of each sample, one more pass", False
-    )
+    interval: bool = option("standard error of MIR and influence of each sample, by one more pass", False)
     rank_order: RankOrder = option("of the effective rank: 2, the free one, or 1, the entropy one", 2)
     layers: str | None = option("dotted path of the decoder layers inside the model, if not found by itself")
     image_token_id: int | None = option("placeholder of vision tokens, if the config is wrong")
@@ -194,9 +186,7 @@ class EvaluationOptions(ProbeOptions):
         """A ``ValueError`` if ``device_map`` would overrule ``device``, or the variant has no interval."""
         super().__post_init__()
         if self.interval and self.variant not in get_args(Rule):
-            raise ValueError(
-                f"--variant {self.variant} has no interval, as it replaces tokens: paper and robust have one."
-            )
+            raise ValueError(f"--variant {self.variant} has no interval, as it replaces tokens: paper, robust do.")
         if self.device_map is not None and self.device != "auto":
             raise ValueError(f"--device {self.device} and --device-map {self.device_map} exclude each other.")
 

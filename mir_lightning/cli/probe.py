@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -16,7 +15,7 @@ from mir_lightning.cli.options import AUTO_BATCH_SIZE, ProbeOptions, flags, opti
 from mir_lightning.llava.data.prompts import IMAGE
 from mir_lightning.llava.data.records import image_path, read_records
 from mir_lightning.llava.model.saving import naming
-from mir_lightning.probing.pairs import Pair, PairProbe, check_characters, read_pairs, readable_pairs
+from mir_lightning.probing.pairs import Pair, PairProbe, check_characters, choose, read_pairs, readable_pairs
 
 
 @dataclass(kw_only=True)
@@ -48,9 +47,7 @@ def choose_pairs(options: ProbeOptions) -> list[Pair]:
     """
     sources = {name for name in ("images", "texts", "data", "image_folder") if getattr(options, name) is not None}
     if beside := sources - ({"data", "image_folder"} if options.data else {"images", "texts"}):
-        raise ValueError(
-            f"{flags(beside)}: --images goes with --texts, --image-folder with --data, and one of both."
-        )
+        raise ValueError(f"{flags(beside)}: --images goes with --texts, --image-folder with --data; one of both.")
     if options.data is not None:
         pairs = _pairs_of_records(options.data, options)
     elif options.images is None or options.texts is None:
@@ -69,22 +66,16 @@ def choose_pairs(options: ProbeOptions) -> list[Pair]:
 
 
 def _pairs_of_records(data: Path, options: ProbeOptions) -> list[Pair]:
-    records = [record for record in read_records(data) if record.images]
-    if len(records) < options.num:
-        found = len(records)
-        raise ValueError(f"data: {data} holds {found} records with images, {options.num} are needed (--num).")
-    if options.seed is not None:
-        records = random.Random(options.seed).sample(records, options.num)
-    folder = options.image_folder or data.parent
-    for record in records[: options.num]:
+    found = [record for record in read_records(data) if record.images]
+    if len(found) < options.num:
+        raise ValueError(f"data: {data} holds {len(found)} records with images, {options.num} are needed (--num).")
+    folder, pairs = options.image_folder or data.parent, []
+    for record in choose(found, options.num, options.seed, "data"):
         check_characters(record.place, "".join(record.turns))
-    return [
-        Pair(
-            tuple(image_path(folder, image) for image in record.images),
-            tuple(turn.replace(IMAGE, "").strip() for turn in record.turns),  # the pictures come before them
-        )
-        for record in records[: options.num]
-    ]
+        images = tuple(image_path(folder, image) for image in record.images)
+        turns = tuple(turn.replace(IMAGE, "").strip() for turn in record.turns)  # the pictures come before them
+        pairs.append(Pair(images, turns))
+    return pairs
 
 
 def source_of(pairs: Sequence[Pair]) -> str:

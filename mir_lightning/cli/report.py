@@ -15,11 +15,9 @@ from mir_lightning.files import check_json, read_json
 class Report(Command):
     """Curves of runs side by side; with --score, how well each metric ranks the runs as that does."""
 
-    runs: list[Path] = option(
-        "folder, metrics.csv or trainer_state.json of a run", MISSING, metavar="RUN", nargs="+"
-    )
+    runs: list[Path] = option("folder, metrics.csv or trainer_state.json", MISSING, metavar="RUN", nargs="+")
     score: str | None = option(
-        "downstream score of each run: a .json file of run names and numbers, or the name of a logged metric"
+        "downstream score: a .json file of run names and numbers, or a logged metric's name"
     )
     html: Path | None = option("write a page that opens offline", type=output_file)
     plot: Path | None = option("draw the curves into this file (.png, .pdf, .svg)", type=picture_file)
@@ -37,7 +35,7 @@ class Report(Command):
             figure.savefig(self.plot)
         for run in runs:
             shown = [name for name in ("mir", "sds", "train/loss") if name in run.curves]
-            values = ", ".join(f"{name} {run.curves[name][-1][1]:.4g}" for name in shown)
+            values = ", ".join(f"{name} {run.last(name):.4g}" for name in shown)
             print(f"{run.name}: {values or f'{len(run.curves)} curves'}")
         if self.score:
             print(report.text_table(*report.correlation_table(rows, self.score)))
@@ -50,7 +48,7 @@ def _scores(score: str, runs: Sequence[report.Run]) -> Mapping[str, float]:
         schema = dict.fromkeys(scores, float) if isinstance(scores, dict) else {}
         check_json(f"{score} must hold an object of run names and numbers", scores, schema)
         return scores
-    found = {run.name: run.curves[score][-1][1] for run in runs if score in run.curves}
+    found = {run.name: run.last(score) for run in runs if score in run.curves}
     if not found:
         raise ValueError(f"score: no run has logged {score!r}, and it is no .json file.")
     return found

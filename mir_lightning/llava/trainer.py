@@ -64,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write and move."""
-        place = Path(path)
+        place, self._failed = Path(path), False
         beside = place.with_name(f".{place.name}.part")
         try:
             super().save_checkpoint(checkpoint, beside, storage_options)
@@ -73,8 +73,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             beside.unlink(missing_ok=True)
             rank_zero_warn(f"{place} could not be written, training goes on: {error}")
             self._failed = True
-        else:
-            self._failed = False
 
     def remove_checkpoint(self, path: Any) -> None:
         """Unless the one that was to take its place is not there."""
@@ -104,9 +102,7 @@ def interrupted_run(trainer: Trainer) -> str | None:
     mark = finished_mark(trainer)
     last = mark.with_name(f"{LAST}.ckpt")
     if last.is_file() and mark.exists():
-        rank_zero_info(
-            f"the run in {mark.parent} came to its end and begins anew; --ckpt_path={last} goes on from it"
-        )
+        rank_zero_info(f"the run in {mark.parent} came to its end and begins anew; --ckpt_path={last} goes on")
     elif last.is_file():
         rank_zero_info(f"going on from {last}")
     return str(last) if last.is_file() and not mark.exists() else None

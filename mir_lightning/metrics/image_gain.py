@@ -88,9 +88,7 @@ class ImageGain(PreciseMetric):
         self.compute()
         assert self._merged is not None
         right, other, blank, tokens = self._merged.cpu().unbind(dim=1)
-        (gain, error), (gain_blank, error_blank) = (
-            image_gain(right, wrong, tokens, True) for wrong in (other, blank)
-        )
+        (gain, error), (gain_blank, error_blank) = (image_gain(right, x, tokens, True) for x in (other, blank))
         return Gains(
             gain.item(),
             error.item(),

@@ -81,7 +81,8 @@ class Exchange:
             )
         self.paired = torch.zeros(len(pictures), dtype=torch.bool).index_put((self.text_of,), torch.tensor(other))
         self._check_partners()
-        self.arms = [_masked(batches), _masked(self._exchanged(batches))]
+        masks = [TokenMasks(batch["vision_mask"], batch["vision_mask"]) for batch in batches]
+        self.arms = [MaskedBatches(arm, masks) for arm in (batches, self._exchanged(batches))]
 
     def _derange(self, batches: Sequence[Batch], pictures: Sequence[bytes], seed: int) -> Tensor:
         groups: dict[Hashable, list[int]] = {}
@@ -127,22 +128,12 @@ class Exchange:
         for batch, texts in zip(batches, self.text_of.split(self.sizes), strict=True):
             sources = [places[text] for text in texts.tolist()]
             length = max(source["labels"].shape[1] for source, _ in sources)
-            moved = {
-                key: torch.stack([_row(key, source[key], row, length) for source, row in sources], dim=-2)
-                for key in _text_keys(batch)
-            }
+            moved = {}
+            for key in _text_keys(batch):
+                fill, rows = -100 if key == "labels" else 0, [source[key][..., row, :] for source, row in sources]
+                moved[key] = torch.stack([pad(r, (0, length - r.shape[-1]), value=fill) for r in rows], dim=-2)
             exchanged.append({**batch, **moved})
         return exchanged
-
-
-def _masked(batches: Sequence[Batch]) -> MaskedBatches:
-    return MaskedBatches(batches, [TokenMasks(batch["vision_mask"], batch["vision_mask"]) for batch in batches])
-
-
-def _row(key: str, value: Tensor, row: int, length: int) -> Tensor:
-    """A sample's part, with padding on the right."""
-    found = value[..., row, :]
-    return pad(found, (0, length - found.shape[-1]), value=-100 if key == "labels" else 0)
 
 
 def _pixels(batch: Batch) -> list[Tensor]:
@@ -159,24 +150,16 @@ def _pixels(batch: Batch) -> list[Tensor]:
 def _text_keys(batch: Batch) -> list[str]:
     """What moves with a text: ``[B, S]`` like ``input_ids``, or ``[any, B, S]`` as positions in space are."""
     pixels, shape = {id(value) for value in _pixels(batch)}, batch["input_ids"].shape
-    return [
-        key
-        for key, value in sorted(batch.items())
-        if isinstance(value, Tensor)
-        and value.ndim in (2, 3)
-        and value.shape[-2:] == shape
-        and id(value) not in pixels
-    ]
+    tensors = [(key, value) for key, value in sorted(batch.items()) if isinstance(value, Tensor)]
+    return [k for k, v in tensors if v.ndim in (2, 3) and v.shape[-2:] == shape and id(v) not in pixels]
 
 
 def _kinds(batch: Batch) -> list[Hashable]:
     """Of each sample, what has to be the same for an exchange; ``None`` without a picture."""
     length = None if "attention_mask" in batch else batch["input_ids"].shape[1]  # padding could not be told apart
     of_batch = (length, *_text_keys(batch), *sorted({value.shape[1:] for value in _pixels(batch)}))
-    runs = [
-        tuple(len(list(run)) for vision, run in itertools.groupby(row) if vision)
-        for row in batch["vision_mask"].tolist()
-    ]
+    rows = batch["vision_mask"].tolist()
+    runs = [tuple(len(list(run)) for vision, run in itertools.groupby(row) if vision) for row in rows]
     return [(of_run, of_batch) if of_run else None for of_run in runs]
 
 

@@ -83,13 +83,11 @@ def evaluate_image_gain(
     Args:
         model: a Hugging Face vision-language model, or a module that holds one.
         probe: batches with ``labels`` ``[B, S]``, perhaps with ``source``, a list of B names, to give the gain by.
-        forward: called with a batch's inputs instead of the Hugging Face model, which it has to reach: for
-            models that must be entered through a wrapper.
-        distributed: whether the ranks of the default process group each run their share of the batches. The
-            result is that of all of them, on every rank, and so is an error.
-        image_token_id: placeholder of vision tokens in ``input_ids``; that of the model's config when None.
+        forward: as :func:`~mir_lightning.probing.evaluate_mir` takes it.
+        distributed: likewise.
+        image_token_id: likewise.
         seed: of who gets whose picture.
-        progress: title of a bar of the batches; none without.
+        progress: as ``evaluate_mir`` takes it.
 
     Returns:
         An :class:`ImageGainResult`.
@@ -105,7 +103,9 @@ def evaluate_image_gain(
     exchange = Exchange(network, probe, seed)
     with leave_no_trace(network.model):
         losses = fit_into_memory(
-            lambda arms: _losses(network, exchange, arms, distributed, progress), exchange.arms, _halved
+            lambda arms: _losses(network, exchange, arms, distributed, progress),
+            exchange.arms,
+            lambda arms: [half for arm in arms if (half := arm.halved()) is not None] or None,
         )
     paired = exchange.paired
 
@@ -123,24 +123,10 @@ def evaluate_image_gain(
             of_source = metric_of(chosen).compute_breakdown()
             sources[name] = SourceGain(of_source.gain, of_source.standard_error, int(chosen.sum()))
     nowhere = torch.full(paired.shape, math.nan, dtype=torch.float64)
-    return ImageGainResult(
-        gain=found.gain,
-        gain_blank=found.gain_blank,
-        standard_error=found.standard_error,
-        standard_error_blank=found.standard_error_blank,
-        samples=nowhere.masked_scatter(paired, found.samples),
-        samples_blank=nowhere.masked_scatter(paired, found.samples_blank),
-        loss=found.loss,
-        tokens=found.tokens,
-        sources=sources,
-        seconds=time.perf_counter() - start,
-        fingerprint=probe.fingerprint,
-    )
-
-
-def _halved(arms: list[MaskedBatches]) -> list[MaskedBatches] | None:
-    halves = [half for arm in arms if (half := arm.halved()) is not None]
-    return halves or None
+    placed = {name: nowhere.masked_scatter(paired, getattr(found, name)) for name in ("samples", "samples_blank")}
+    fields: Any = {**found._asdict(), **placed}
+    seconds = time.perf_counter() - start
+    return ImageGainResult(**fields, sources=sources, seconds=seconds, fingerprint=probe.fingerprint)
 
 
 def _losses(
@@ -164,9 +150,8 @@ def _losses(
 
     run_together(len(own), run, distributed, network.device, progress)
     if distributed:
-        found = torch.tensor(sum_over_ranks(found.flatten().tolist(), network.device), dtype=found.dtype).view(
-            3, -1
-        )
+        total = sum_over_ranks(found.flatten().tolist(), network.device)
+        found = torch.tensor(total, dtype=found.dtype).view(3, -1)
     return found
 
 

@@ -24,7 +24,6 @@ T = TypeVar("T")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 _TEXT_SUFFIXES = {".txt", ".story", ".jsonl"}
 _PLAIN_PROMPT = "{image}\n{text}"
-_MARK = "\ue123turn {}\ue124"  # of a private area of Unicode, which no text uses and no template strips
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,11 @@ def read_pairs(images: Path, texts: Path, num: int, seed: int | None = None) -> 
         ValueError: if a folder is none or holds too few, or if a file or a line is not as it should be.
     """
     check_at_least_one(num=num)
-    chosen = _choose(_files(images, _IMAGE_SUFFIXES, "images"), num, seed, f"images: {images}")
+    chosen = choose(_files(images, _IMAGE_SUFFIXES, "images"), num, seed, f"images: {images}")
     sources = [texts] if texts.suffix.lower() == ".jsonl" else _files(texts, _TEXT_SUFFIXES, "texts")
     all_texts = [text for path in sources for text in _texts(path)]
-    return [
-        Pair((image,), (text,))
-        for image, text in zip(chosen, _choose(all_texts, num, seed, f"texts: {texts}"), strict=True)
-    ]
+    chosen_texts = choose(all_texts, num, seed, f"texts: {texts}")
+    return [Pair((image,), (text,)) for image, text in zip(chosen, chosen_texts, strict=True)]
 
 
 def _files(folder: Path, suffixes: set[str], name: str) -> list[Path]:
@@ -64,7 +61,8 @@ def _files(folder: Path, suffixes: set[str], name: str) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
 
 
-def _choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T]:
+def choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T]:
+    """The first ``num``, or as many drawn with the seed; a ``ValueError`` that names ``what`` holds fewer."""
     if len(found) < num:
         raise ValueError(f"{what} holds {len(found)}, {num} are needed (num; on the command line --num).")
     return list(found[:num]) if seed is None else random.Random(seed).sample(list(found), num)
@@ -166,7 +164,14 @@ class PairProbe(Probe):
             if token and any(token in turn for turn in pair.turns):
                 raise ValueError(f"the text beside {pair.images[0]} holds the image placeholder {token!r}.")
         images = [[read_image(path) for path in pair.images] for pair in pairs]
-        made = self._from_prompt(pairs, images) if self.prompt else self._from_chat(pairs, images)
+        options: dict[str, Any] = {"return_tensors": "pt"}
+        if self.prompt:
+            flat = [image for each in images for image in each]
+            shown = images if any(len(each) > 1 for each in images) else flat
+            made = self.processor(images=shown, text=self._prompts(pairs), padding=True, **options)
+        else:
+            options |= {"tokenize": True, "return_dict": True, "processor_kwargs": {"padding": True}}
+            made = self._chat(pairs, images, **options)
         batch = checked_batch(index, {**made})
         batch["text_mask"] = self._text_mask(batch)
         if self.labels:
@@ -175,41 +180,13 @@ class PairProbe(Probe):
             self._digests[index] = batch_digest(batch)
         return batch
 
-    def _from_prompt(self, pairs: Sequence[Pair], images: list[list[Any]]) -> Batch:
-        return self.processor(
-            images=images
-            if any(len(each) > 1 for each in images)
-            else [image for each in images for image in each],
-            text=self._prompts(pairs),
-            padding=True,
-            return_tensors="pt",
-        )
-
     def _prompts(self, pairs: Sequence[Pair]) -> list[str]:
-        assert self.prompt is not None
-        token = self._image_token()
-        return [
-            self.prompt.replace("{image}", token * len(pair.images)).replace("{text}", "\n".join(pair.turns))
-            for pair in pairs
-        ]
-
-    def _image_token(self) -> str:
-        token = getattr(self.processor, "image_token", None)
+        token, prompt = getattr(self.processor, "image_token", None), str(self.prompt)
         if token is None:
-            raise ValueError(
-                f"{type(self.processor).__name__} has no chat template, and no image_token to put into a prompt."
-            )
-        return str(token)
-
-    def _from_chat(self, pairs: Sequence[Pair], images: list[list[Any]]) -> Batch:
-        return self._chat(
-            pairs,
-            images,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
+            raise ValueError(f"{type(self.processor).__name__} has no chat template and no image_token to use.")
+        pictures = [str(token) * len(pair.images) for pair in pairs]
+        texts = ["\n".join(pair.turns) for pair in pairs]
+        return [prompt.replace("{image}", p).replace("{text}", t) for p, t in zip(pictures, texts, strict=True)]
 
     def _chat(self, pairs: Sequence[Pair], images: Sequence[Sequence[Any]], **options: Any) -> Any:
         conversations = []
@@ -228,19 +205,17 @@ class PairProbe(Probe):
         The prompt is written with marks in the places of the texts, and tokenised with the texts there. From the
         first text on it has the batch's tokens: what the processor writes longer are the pictures before it.
         """
-        marked = [
-            Pair(pair.images, tuple(_MARK.format(place) for place in range(len(pair.turns)))) for pair in pairs
-        ]
-        frames = (
-            self._prompts(marked) if self.prompt else self._chat(marked, [p.images for p in pairs], tokenize=False)
-        )
+        marked = [Pair(pair.images, tuple(turn_marks(len(pair.turns)))) for pair in pairs]
+        images = [pair.images for pair in pairs]
+        frames = self._prompts(marked) if self.prompt else self._chat(marked, images, tokenize=False)
         labels = torch.full_like(batch["input_ids"], -100)
         valid = batch.get("attention_mask", torch.ones_like(labels))
         vision = token_masks(self.config, batch, self.text).vision
         for row, (pair, frame) in enumerate(zip(pairs, frames, strict=True)):
-            before, *turns = re.split(_MARK.format(r"(\d+)"), frame)  # number and what follows, in turns
-            written, spans = before, []
-            for place, (turn, after) in enumerate(zip(pair.turns, turns[1::2], strict=False)):
+            marks = turn_marks(len(pair.turns))
+            written, *between = re.split("|".join(marks), frame)
+            spans = []
+            for place, (turn, after) in enumerate(zip(pair.turns, between, strict=False)):
                 if place % 2 or len(pair.turns) == 1:
                     spans.append((len(written), len(written) + len(turn)))
                 written += turn + after
@@ -255,14 +230,13 @@ class PairProbe(Probe):
             ids, seen = batch["input_ids"][row, places].tolist(), vision[row, places].nonzero()[:, 0].tolist()
             first = range(len(ids) - len(tail), max(seen, default=-1), -1)
             found = next((place for place in first if ids[place : place + len(tail)] == tail), None)
-            if found is None or turns[::2] != [str(place) for place in range(len(pair.turns))]:
+            if found is None or re.findall("|".join(marks), frame) != marks:
                 raise ValueError(
                     f"the text beside {pair.images[0]} cannot be labelled, as the prompt does not hold it once, "
                     "as it is and behind the picture; one (--prompt) with {image} before {text} may do."
                 )
-            for token in learned:
-                place = places[found + token - learned[0]]
-                labels[row, place] = batch["input_ids"][row, place]
+            chosen = [places[found + token - learned[0]] for token in learned]
+            labels[row, chosen] = batch["input_ids"][row, chosen]
         return labels
 
     def _text_mask(self, batch: Batch) -> Tensor:
@@ -286,6 +260,11 @@ class PairProbe(Probe):
         ordinary = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         added = sorted(set(tokenizer.added_tokens_decoder) - ordinary)
         return torch.isin(input_ids, torch.tensor(added, dtype=input_ids.dtype))
+
+
+def turn_marks(count: int) -> list[str]:
+    """Stand for turns; of a private area of Unicode, which no text uses and no template strips."""
+    return [f"\ue123turn {place}\ue124" for place in range(count)]
 
 
 def _writes_images(processor: Any) -> bool:

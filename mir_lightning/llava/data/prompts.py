@@ -1,5 +1,6 @@
 """How a conversation is written for a model, and which parts of it the model learns to say."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from jinja2 import TemplateError
 
 from mir_lightning.probing.choices.items import IMAGE  # where a picture stands, whatever a model's own mark is
 from mir_lightning.probing.choices.probe import common_prefix
+from mir_lightning.probing.pairs import turn_marks
 
 
 class Span(NamedTuple):
@@ -55,7 +57,7 @@ class ChatPrompt(PlainPrompt):
         self.template = template or tokenizer.chat_template
         if self.template is None:
             raise ValueError(f'prompt "chat": {type(tokenizer).__name__} has no chat template; use "plain".')
-        mark = _marks(1)
+        mark = turn_marks(1)
         self._takes_parts = False
         if mark[0] not in self._write(mark, False):
             self._takes_parts = True  # {"type": "text", "text": ...} and no plain texts
@@ -65,7 +67,7 @@ class ChatPrompt(PlainPrompt):
     def __call__(self, turns: Sequence[str], images: int) -> list[Span]:
         """Spans of a conversation with so many pictures; those without a place come first."""
         first = f"{IMAGE}\n" * (images - sum(turn.count(IMAGE) for turn in turns)) + turns[0]
-        said, marks = [first, *turns[1:]], _marks(len(turns))
+        said, marks = [first, *turns[1:]], turn_marks(len(turns))
         frame = self._between(marks, self._write(marks, False))
         whole = self._write(said, False)
         for texts in (said, [text.strip() for text in said]):
@@ -87,7 +89,9 @@ class ChatPrompt(PlainPrompt):
             alone = self._between(marks[: place + 1], self._write(marks[: place + 1], False))[-1]
             end = after if last else after[: common_prefix(after, alone)]
             spans += [*_apart(text + end, learned=True), Span(after[len(end) :], False)]
-        return _joined(spans)
+        # Neighbours that are learned, or are not, as one: they are tokenised together.
+        runs = itertools.groupby((span for span in spans if span.text), key=lambda span: span.learned)
+        return [Span("".join(span.text for span in run), learned) for learned, run in runs]
 
     def question(self, text: str) -> str:
         """A user's turn, up to where the model's answer begins."""
@@ -95,8 +99,9 @@ class ChatPrompt(PlainPrompt):
         return written.removeprefix(self.tokenizer.bos_token) if starts_with_bos(self.tokenizer) else written
 
     def _write(self, turns: Sequence[str], answer_follows: bool) -> str:
-        roles = [*(["system"] if self.system is not None else []), *["user", "assistant"] * len(turns)]
-        texts = [*([self.system] if self.system is not None else []), *turns]
+        roles, texts = ["user", "assistant"] * len(turns), turns
+        if self.system is not None:
+            roles, texts = ["system", *roles], [self.system, *turns]
         parts = [[{"type": "text", "text": text}] if self._takes_parts else text for text in texts]
         messages = [{"role": role, "content": part} for role, part in zip(roles, parts, strict=False)]
         try:
@@ -114,26 +119,10 @@ class ChatPrompt(PlainPrompt):
         return pieces
 
 
-def _marks(count: int) -> list[str]:
-    """Stand for turns; of a private area of Unicode, which no text uses and no template strips."""
-    return [f"\ue123turn {place}\ue124" for place in range(count)]
-
-
 def _apart(text: str, learned: bool) -> list[Span]:
     """Pictures in what a model says are not learned."""
     pieces = [piece for piece in re.split(f"({IMAGE})", text) if piece]
     return [Span(piece, learned and piece != IMAGE) for piece in pieces]
-
-
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Neighbours that are learned, or are not, as one: they are tokenised together."""
-    joined: list[Span] = []
-    for span in spans:
-        if joined and joined[-1].learned == span.learned:
-            joined[-1] = Span(joined[-1].text + span.text, span.learned)
-        elif span.text:
-            joined.append(span)
-    return joined
 
 
 def starts_with_bos(tokenizer: Any) -> bool:

@@ -60,12 +60,9 @@ def read_records(path: Path) -> list[Record]:
     suffix = path.suffix.lower()
     if suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: LLaVA data is a .json or .jsonl file.")
-    if suffix == ".json":
-        records = read_json(path)
-        if not isinstance(records, list):
-            raise ValueError(f"{path} must hold a list of records, it holds {type(records).__name__}.")
-    else:
-        records = [record for _, record in read_json_lines(path)]
+    records = read_json(path) if suffix == ".json" else [record for _, record in read_json_lines(path)]
+    if not isinstance(records, list):
+        raise ValueError(f"{path} must hold a list of records, it holds {type(records).__name__}.")
     return [read_record(f"{path}, record {index}", raw) for index, raw in enumerate(records)]
 
 
@@ -102,11 +99,7 @@ def image_path(folder: Path, image: str) -> Path:
     Links inside the folder are followed wherever they lead, but not out of it again by ``..``.
     """
     path = folder / image  # an absolute one stays as it is
-    inside = path.is_relative_to(folder)
-    if ".." in Path(image).parts:
-        inside = path.resolve().is_relative_to(folder.resolve())
-    elif Path(image).is_absolute():
-        inside |= path.resolve().is_relative_to(folder.resolve())
-    if not inside:
+    inside = ".." not in Path(image).parts and path.is_relative_to(folder)
+    if not inside and not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"image {image!r} lies outside the image folder {folder}.")
     return path

@@ -63,9 +63,7 @@ def training_size(held_out: int, scale: int | None, total: int, where: str) -> i
     """How many of so many samples to train on; a ``ValueError`` if there are fewer."""
     wanted = scale or total - held_out
     if wanted < 1 or held_out + wanted > total:
-        raise ValueError(
-            f"data_scale={scale} and a probe of {held_out} need more than the {total} samples {where}."
-        )
+        raise ValueError(f"data_scale={scale} and {held_out} held out need more than the {total} samples {where}.")
     return wanted
 
 

@@ -28,18 +28,16 @@ class Table(IndexedSource):
         parquet = sorted(str(path) for path in folder.glob("**/*.parquet"))
         table = datasets.Dataset.from_parquet(parquet) if parquet else datasets.load_from_disk(str(folder))
         if isinstance(table, datasets.DatasetDict):
-            raise ValueError(f"dataset: {folder} holds splits, {', '.join(table)}: give the folder of one.")
+            raise ValueError(f"dataset {folder} holds splits, {', '.join(table)}: give the folder of one.")
         for column in (image_column, caption_column):
             if column not in table.column_names:
-                raise ValueError(f"dataset: {folder} has columns {', '.join(table.column_names)}, not {column!r}.")
+                raise ValueError(f"dataset {folder} has columns {', '.join(table.column_names)}, not {column!r}.")
         texts = table.features[caption_column]
         if getattr(texts, "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"dataset: {folder}: column {caption_column!r} holds {texts}, not one text a row.")
+            raise ValueError(f"dataset {folder}: column {caption_column!r} holds {texts}, not one text a row.")
         pictures = table.features[image_column]
         if not isinstance(pictures, datasets.Image) and "bytes" not in getattr(pictures, "keys", tuple)():
-            raise ValueError(
-                f"dataset: {folder}: column {image_column!r} holds {pictures}, not one picture a row."
-            )
+            raise ValueError(f"dataset {folder}: column {image_column!r} holds {pictures}, not one picture a row.")
         self.folder = folder
         self.columns = (image_column, caption_column)
         self.table = table.cast_column(image_column, datasets.Image(decode=False))

@@ -72,8 +72,8 @@ def connect(
     if connector not in CONNECTORS:
         raise ValueError(f"connector must be one of {', '.join(CONNECTORS)}, got {connector!r}.")
     extra = extra_features(vision.config)
-    select = select if extra else "full"
     patches = (vision.config.image_size // vision.config.patch_size) ** 2
+    select = select if extra else "full"
     plain = connector == "mlp"  # then any tool that knows LLaVA knows the model
     settings: dict[str, Any] = {
         "vision_config": vision.config,
@@ -84,11 +84,8 @@ def connect(
         "image_seq_length": patches + extra - (select == "default"),
         "tie_word_embeddings": llm.config.tie_word_embeddings,
     }
-    model: LlavaForConditionalGeneration
-    if plain:
-        model = LlavaForConditionalGeneration(LlavaConfig(**settings))
-    else:
-        model = ConnectedLlava(ConnectedLlavaConfig(connector=connector, **settings))
+    kind: Any = LlavaForConditionalGeneration if plain else ConnectedLlava
+    model = kind(kind.config_class(**settings, **({} if plain else {"connector": connector})))
     model.model.language_model.load_state_dict(llm.base_model.state_dict())
     model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict())
     model.model.vision_tower.load_state_dict(vision.state_dict())

@@ -135,16 +135,13 @@ def _images_only(kind: Any) -> Any:
 
 def _processor_place(place: str) -> str:
     path = Path(place).absolute()
-    exports = (path.with_suffix(""), path.parent.parent / "model", *sorted(path.parent.glob("*")))
     if path.suffix.lower() != ".ckpt":
         return place
-    found = [str(folder) for folder in exports if has_processor(folder)]
-    if not found:
-        raise ValueError(
-            f"{place}: no processor in the folder of its name, in another one beside it, or in ../model; the "
-            "command line takes --processor."
-        )
-    return found[0]
+    for folder in (path.with_suffix(""), path.parent.parent / "model", *sorted(path.parent.glob("*"))):
+        if has_processor(folder):
+            return str(folder)
+    where = "the folder of its name, in another one beside it, or in ../model"
+    raise ValueError(f"{place}: no processor in {where}; the command line takes --processor.")
 
 
 def has_processor(folder: Path) -> bool:
@@ -171,11 +168,8 @@ def load_part(vlm: PreTrainedModel, file: Path) -> None:
         _check_same({name.replace(".default.", "."): p for name, p in adapters.items()}, given, file)
         set_peft_model_state_dict(vlm, given)
     else:
-        projector = parameters_of(vlm, "projector")
-        _check_same(projector, tensors, file)
-        with torch.no_grad():
-            for name, parameter in projector.items():
-                parameter.copy_(tensors[name])
+        _check_same(parameters_of(vlm, "projector"), tensors, file)
+        vlm.load_state_dict(tensors, strict=False)
 
 
 def _check_same(own: dict[str, nn.Parameter], given: dict[str, Tensor], file: Path) -> None:
@@ -183,11 +177,9 @@ def _check_same(own: dict[str, nn.Parameter], given: dict[str, Tensor], file: Pa
         where = "the model" if name in own else "the file"
         raise ValueError(f"parts: {file} does not fit the model: only {where} has {name}.")
     for name, parameter in own.items():
-        if parameter.shape != given[name].shape:
-            raise ValueError(
-                f"parts: {file} does not fit the model: {name} is {list(given[name].shape)} there, and "
-                f"{list(parameter.shape)} in the model."
-            )
+        there, here = list(given[name].shape), list(parameter.shape)
+        if there != here:
+            raise ValueError(f"parts: {file} does not fit: {name} is {there} there, and {here} in the model.")
 
 
 def gathered(vlm: PreTrainedModel) -> PreTrainedModel | None:

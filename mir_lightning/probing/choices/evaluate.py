@@ -71,11 +71,9 @@ def evaluate_choices(
         items: what to ask.
         score: what a token counts: its raw ``"logit"``, as RADAR's released code has it, or its ``"logprob"``.
         batch_size: candidates in a forward; the candidates of one item stay together.
-        forward: called with a forward's inputs instead of the Hugging Face model, which it has to reach: for
-            models that must be entered through a wrapper.
-        distributed: whether the ranks of the default process group each run their share of the items. The result
-            is that of all of them, on every rank, and so is an error.
-        progress: title of a bar of the batches; none without.
+        forward: as :func:`~mir_lightning.probing.evaluate_mir` takes it.
+        distributed: likewise.
+        progress: likewise.
 
     Returns:
         A :class:`ChoiceResult`.
@@ -105,11 +103,8 @@ def evaluate_choices(
             raise ValueError(f"scores of item {item.id} hold NaN or inf: the model has diverged or overflowed.")
         metric.update([of_item], item.task)
     breakdown = metric.compute_breakdown()
-    whole = breakdown[""]
     return ChoiceResult(
-        sds=whole.sds,
-        accuracy=whole.accuracy,
-        chance=whole.chance,
+        *breakdown[""][:3],
         breakdown=breakdown,
         scores=scores,
         shared_prefix=shared_prefix,

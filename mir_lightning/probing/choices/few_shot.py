@@ -6,6 +6,7 @@ Source of prompts and shots: MM1 (arXiv 2403.09611), evaluation.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 import string
@@ -132,9 +133,9 @@ def evaluate_few_shot(
         items: what to answer.
         max_new_tokens: length of an answer.
         batch_size: answers written at a time.
-        forward: called with a forward's inputs instead of the Hugging Face model.
-        distributed: whether the ranks of the default process group each answer their share of the items.
-        progress: title of a bar of the batches; none without.
+        forward: as :func:`~mir_lightning.probing.evaluate_mir` takes it.
+        distributed: likewise.
+        progress: likewise.
 
     Returns:
         A :class:`FewShotResult`, the same on every rank.
@@ -163,10 +164,8 @@ def written_answers(
 
     def write(batch: Sequence[int]) -> list[str]:
         rows = scorer.greedy([items[i] for i in batch], max_new_tokens)
-        ended = [
-            row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in rows
-        ]
-        return [tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0] for row in ended]
+        ended = [itertools.takewhile(lambda token: token != tokenizer.eos_token_id, row) for row in rows]
+        return [tokenizer.decode([*row], skip_special_tokens=True).strip().split("\n")[0] for row in ended]
 
     alone = [replace(item, distractors=()) for item in items]  # an answer is one sequence
     return run_items(batches_of(alone, batch_size), write, scorer.in_step, scorer.device, progress)

@@ -110,14 +110,14 @@ def _problems(item: ChoiceItem, open_ended: bool) -> Iterator[str]:
             yield f"no {name}"
 
 
-def sample_distractors(distractors: Sequence[str], most: int | None, seed: int, item_id: str) -> tuple[str, ...]:
+def sample_distractors(distractors: Sequence[Any], most: int | None, seed: int, item_id: str) -> tuple[str, ...]:
     """``most`` of an item's distractors, in their order; the same ones for the same seed and id. ``None``: all."""
-    if most is not None:
-        check_at_least_one(max_distractors=most)
-    if most is None or most >= len(distractors):
-        return tuple(distractors)
-    chosen = random.Random(f"{seed}/{item_id}").sample(range(len(distractors)), most)
-    return tuple(distractors[i] for i in sorted(chosen))
+    check_at_least_one(max_distractors=1 if most is None else most)
+    texts = [str(distractor) for distractor in distractors]
+    if most is None or most >= len(texts):
+        return tuple(texts)
+    chosen = random.Random(f"{seed}/{item_id}").sample(range(len(texts)), most)
+    return tuple(texts[i] for i in sorted(chosen))
 
 
 def load_choice_items(path: str | Path, max_distractors: int | None = None, seed: int = 0) -> list[ChoiceItem]:
@@ -149,14 +149,7 @@ def _item_of(
 ) -> ChoiceItem:
     item_id = str(row.get("id", default_id))
     images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
-    return ChoiceItem(
-        id=item_id,
-        prompt=str(row.get("question", "")),
-        answer=str(row.get("answer", "")),
-        distractors=sample_distractors(
-            [str(d) for d in row.get("distractors", [])], max_distractors, seed, item_id
-        ),
-        task=str(row.get("task", "")),
-        ability=str(row.get("ability", "")),
-        images=tuple(folder / name for name in images),
-    )
+    prompt, answer, task, ability = (str(row.get(key, "")) for key in ("question", "answer", "task", "ability"))
+    distractors = sample_distractors(row.get("distractors", []), max_distractors, seed, item_id)
+    pictures = tuple(folder / name for name in images)
+    return ChoiceItem(item_id, prompt, answer, distractors, task, ability, pictures)

@@ -86,19 +86,10 @@ def _task_items(folder: Path, max_distractors: int | None, seed: int) -> Iterato
         ability = "reasoning" if part in _REASONING_PARTS else ABILITIES[folder.name]
         for q_id, row in _questions(file).items():
             item_id = f"{task}/{q_id}"
-            distractors = sample_distractors(
-                [str(d) for d in row.get("distraction", [])], max_distractors, seed, item_id
-            )
+            distractors = sample_distractors(row.get("distraction", []), max_distractors, seed, item_id)
             prompt, answer, distractors = _with_options(row, distractors, random.Random(f"{seed}/{item_id}"))
-            yield ChoiceItem(
-                id=item_id,
-                prompt=_MARK.sub(IMAGE, prompt),
-                answer=answer,
-                distractors=distractors,
-                task=task,
-                ability=ability,
-                images=tuple(_picture(pictures, names) for names in _picture_names(q_id, row, prompt)),
-            )
+            images = tuple(_picture(pictures, names) for names in _picture_names(q_id, row, prompt))
+            yield ChoiceItem(item_id, _MARK.sub(IMAGE, prompt), answer, distractors, task, ability, images)
 
 
 def _questions(file: Path) -> Mapping[str, Mapping[str, Any]]:

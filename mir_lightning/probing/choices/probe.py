@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from mir_lightning.probing.choices.items import IMAGE, ChoiceItem, ImageSource, check_items, open_image
@@ -44,6 +45,11 @@ class EncodedChoices:
     prompts: list[list[int]]
     candidates: list[list[Candidate]]
 
+    @property
+    def rows(self) -> list[Candidate]:
+        """The candidates of all items."""
+        return [candidate for candidates in self.candidates for candidate in candidates]
+
     def shared(self) -> list[int]:
         """By item, how many token ids at the start its prompt and all its candidates have in common."""
         return [
@@ -71,8 +77,7 @@ class ChoiceProbe:
     Raises:
         TypeError: for items of another kind.
         ValueError: for a template without ``{prompt}``, a processor without tokenizer, pad token or image token,
-            or naming all items that cannot be asked: missing picture, pictures and ``<image>`` that do not match,
-            no distractor, an empty or repeated candidate, no task or ability, an id given twice.
+            or items that cannot be asked (see :func:`~mir_lightning.probing.choices.items.check_items`).
     """
 
     def __init__(
@@ -89,14 +94,10 @@ class ChoiceProbe:
         if getattr(processor, "tokenizer", None) is None:
             raise ValueError(f"processor must have a tokenizer, got {type(processor).__name__}.")
         if processor.tokenizer.pad_token_id is None:
-            raise ValueError(
-                "processor.tokenizer has no pad token: set tokenizer.pad_token, for example to its eos."
-            )
+            raise ValueError("processor.tokenizer has no pad token: set its pad_token, for example to its eos.")
         self.image_text = image_text or getattr(processor, "image_token", None) or ""
         if not self.image_text and any(item.images for item in self.items):
-            raise ValueError(
-                f"{type(processor).__name__} has no image_token: say with image_text what stands for a picture."
-            )
+            raise ValueError(f"{type(processor).__name__} has no image_token: say with image_text what it is.")
         self.processor = processor
         self.template = template
 
@@ -137,9 +138,9 @@ class ChoiceProbe:
             gap = "" if not text or text[-1].isspace() else " "
             endings = [gap + candidate for candidate in item.candidates]
             found = self._continue(prompt, endings) or self._continue_whole(prompt, text, pictures, endings)
-            for candidate, text_of in zip(found, item.candidates, strict=True):
-                if candidate.start >= len(candidate.ids):
-                    raise ValueError(f"items: candidate {text_of!r} of {item.id} adds no token to its prompt.")
+            for row, candidate in zip(found, item.candidates, strict=True):
+                if row.start >= len(row.ids):
+                    raise ValueError(f"items: candidate {candidate!r} of {item.id} adds no token to its prompt.")
             candidates.append(found)
         return EncodedChoices(inputs, prompts, candidates)
 
@@ -196,13 +197,8 @@ def made_of(kind: type[T], source: T | Callable[[], T]) -> T:
 
 def valid_rows(inputs: dict[str, Any], values: Tensor) -> list[list[int]]:
     """Rows of ``values`` ``[B, S]`` without the padding of ``inputs``."""
-    mask = inputs.get("attention_mask")
-    rows = values.tolist()
-    if mask is None:
-        return rows
-    return [
-        [v for v, valid in zip(row, of, strict=True) if valid] for row, of in zip(rows, mask.tolist(), strict=True)
-    ]
+    mask = inputs.get("attention_mask", torch.ones_like(values)).bool()
+    return [row[valid].tolist() for row, valid in zip(values, mask, strict=True)]
 
 
 def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:

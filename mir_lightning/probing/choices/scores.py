@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
 
 from mir_lightning.probing.choices.items import ChoiceItem
@@ -16,33 +18,26 @@ from mir_lightning.probing.choices.probe import ChoiceProbe, EncodedChoices, com
 from mir_lightning.vlm import compute_dtype, execution_device
 
 Score = Literal["logit", "logprob"]
+Side = Literal["left", "right"]
 Forward = Callable[..., Any]
 
 
+@dataclass(eq=False)
 class CandidateScorer:
-    """Mean scores of candidates' tokens under a model.
+    """Mean scores of candidates' tokens under a model."""
 
-    Args:
-        model: a Hugging Face model.
-        probe: its items are scored.
-        score: what each token gets: its raw ``"logit"``, or ``"logprob"``.
-        forward: called with a forward's inputs; it reaches the model.
-        in_step: run the same number of forwards for every batch, as sharded models need.
-    """
+    model: PreTrainedModel
+    probe: ChoiceProbe  # its items are scored
+    score: Score  # what each token gets
+    forward: Forward  # called with a forward's inputs; it reaches the model
+    in_step: bool  # run the same number of forwards for every batch, as sharded models need
 
-    def __init__(
-        self, model: PreTrainedModel, probe: ChoiceProbe, score: Score, forward: Forward, in_step: bool
-    ) -> None:
-        self.model = model
-        self.probe = probe
-        self.score = score
-        self.forward = forward
-        self.in_step = in_step
-        self.device = execution_device(model)
-        self.dtype = compute_dtype(model)
-        self.pad = probe.processor.tokenizer.pad_token_id
-        self.accepted = inspect.signature(model.forward).parameters
-        self.keeps_deltas = any(hasattr(module, "rope_deltas") for module in model.modules())
+    def __post_init__(self) -> None:
+        self.device = execution_device(self.model)
+        self.dtype = compute_dtype(self.model)
+        self.pad = self.probe.processor.tokenizer.pad_token_id
+        self.accepted = inspect.signature(self.model.forward).parameters
+        self.keeps_deltas = any(hasattr(module, "rope_deltas") for module in self.model.modules())
         self._logits_dtype = torch.float32
 
     def shared(self, items: Sequence[ChoiceItem]) -> list[Tensor]:
@@ -53,56 +48,41 @@ class CandidateScorer:
         """
         encoded = self.probe.encode(items)
         lengths = encoded.shared()
+        width = max(lengths)
         with _decoder_positions(self.model) as seen:
             first = self._run(**self._prefixes(encoded, lengths), use_cache=True, **self._last_logits(1))
         cache = first.past_key_values
-        width = max(lengths)
         if not isinstance(cache, Cache) or cache.get_seq_length() != width:
             raise ValueError(f"{type(self.model).__name__} gave no cache of the {width} prompt tokens.")
         owner = [i for i, candidates in enumerate(encoded.candidates) for _ in candidates]
-        rows = [candidate for candidates in encoded.candidates for candidate in candidates]
-        rest = [row.ids[lengths[i] :] for i, row in zip(owner, rows, strict=True)]
+        used = [lengths[i] for i in owner]
+        rest = [row.ids[length:] for row, length in zip(encoded.rows, used, strict=True)]
         logits = first.logits[:, -1:][owner]  # [N, 1, V], of the first token of each rest
         if self.in_step or max(map(len, rest)) > 1:
-            tails = _pad([tokens[:-1] or tokens for tokens in rest], "right", self.pad)
-            valid = _pad([[1] * len(tokens[:-1] or tokens) for tokens in rest], "right")
+            tails = [tokens[:-1] or tokens for tokens in rest]
             cache.batch_select_indices(torch.tensor(owner, device=self.device))
-            prefix = _pad([[1] * length for length in lengths], "left")[owner]
-            output = self._run(
-                input_ids=tails,
-                attention_mask=torch.cat([prefix, valid], dim=1),
-                past_key_values=cache,
-                use_cache=True,
-                **self._next_positions(seen, owner, width, tails.shape[1]),
-            )
+            mask = torch.cat([_valid(lengths, "left")[owner], _valid(map(len, tails), "right")], dim=1)
+            positions = self._next_positions(seen, owner, width, max(map(len, tails)))
+            output = self._go_on(cache, _pad(tails, "right", self.pad), mask, positions)
             logits = torch.cat([logits, output.logits], dim=1)
-        starts = [row.start - lengths[i] for i, row in zip(owner, rows, strict=True)]
-        return self._by_item(encoded, self._means(logits, rest, starts))
+        return self._means(encoded, logits, used)
 
     def whole(self, items: Sequence[ChoiceItem]) -> list[Tensor]:
         """Scores ``[candidates]`` by item: one forward in which each candidate has its prompt before it."""
         encoded = self.probe.encode(items)
         first, logits = self._whole_logits(items, encoded)
-        rows = [candidate for candidates in encoded.candidates for candidate in candidates]
-        rest = [row.ids[first + 1 :] for row in rows]
-        return self._by_item(encoded, self._means(logits, rest, [row.start - first - 1 for row in rows]))
+        return self._means(encoded, logits, [first + 1] * len(encoded.rows))
 
     def _whole_logits(self, items: Sequence[ChoiceItem], encoded: EncodedChoices) -> tuple[int, Tensor]:
         """Logits ``[N, T, V]`` of all candidates with their prompts, from the first position that any needs on."""
         inputs = self.probe.repeat(items)
-        ids = [candidate.ids for candidates in encoded.candidates for candidate in candidates]
+        ids = [row.ids for row in encoded.rows]
         prompts = valid_rows(inputs, inputs["input_ids"])
         kept = [common_prefix(prompt, row) for prompt, row in zip(prompts, ids, strict=True)]
-        sequences = {
-            key: _pad([v[:k] + [0] * (len(row) - k) for v, k, row in zip(values, kept, ids, strict=True)], "right")
-            for key, values in _token_values(inputs).items()
-        }
-        sequences["input_ids"] = _pad(ids, "right", self.pad)
-        sequences["attention_mask"] = _pad([[1] * len(row) for row in ids], "right")
-        first = min(encoded.shared()) - 1
-        width = sequences["input_ids"].shape[1]
+        first, width = min(encoded.shared()) - 1, max(map(len, ids))
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in self.accepted else {}
-        output = self._run(**{**inputs, **sequences}, **options, **self._last_logits(width - first))
+        sequences = self._padded(inputs, ids, kept, "right")
+        output = self._run(**sequences, **options, **self._last_logits(width - first))
         return first, output.logits[:, first - width :]
 
     def greedy(self, items: Sequence[ChoiceItem], count: int) -> list[list[int]]:
@@ -111,20 +91,19 @@ class CandidateScorer:
         lengths = [len(prompt) for prompt in encoded.prompts]
         with _decoder_positions(self.model) as seen:
             output = self._run(**self._prefixes(encoded, lengths), use_cache=True, **self._last_logits(1))
-        mask = _pad([[1] * length for length in lengths], "left")
+        mask = _valid(lengths, "left")
         made = [output.logits[:, -1].argmax(dim=-1)]
         while len(made) < count:
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             positions = self._next_positions(seen, range(len(items)), max(lengths), len(made))
-            output = self._run(
-                input_ids=made[-1][:, None],
-                attention_mask=mask,
-                past_key_values=output.past_key_values,
-                use_cache=True,
-                **{key: value[..., -1:] for key, value in positions.items()},
-            )
+            last = {key: value[..., -1:] for key, value in positions.items()}
+            output = self._go_on(output.past_key_values, made[-1][:, None], mask, last)
             made.append(output.logits[:, -1].argmax(dim=-1))
         return torch.stack(made, dim=1).tolist()
+
+    def _go_on(self, cache: Cache, ids: Tensor, mask: Tensor, positions: Mapping[str, Tensor]) -> Any:
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **positions}
+        return self._run(**inputs, use_cache=True)
 
     def can_share(self, items: Sequence[ChoiceItem]) -> bool:
         """Whether candidates may continue from a shared cache: it scores ``items`` as whole forwards do.
@@ -159,15 +138,22 @@ class CandidateScorer:
 
     def _prefixes(self, encoded: EncodedChoices, lengths: Sequence[int]) -> dict[str, Any]:
         """Inputs of the shared part of each prompt, padded on the left so that the candidates follow at once."""
-        cut = {
-            key: _pad([v[:length] for v, length in zip(values, lengths, strict=True)], "left")
-            for key, values in _token_values(encoded.inputs).items()
+        ids = [prompt[:length] for prompt, length in zip(encoded.prompts, lengths, strict=True)]
+        return self._padded(encoded.inputs, ids, lengths, "left")
+
+    def _padded(self, inputs: dict[str, Any], ids: list[list[int]], kept: Sequence[int], side: Side) -> dict:
+        """Inputs with other token ids; what else has a value a token keeps that of the first ``kept`` of a row."""
+        of_tokens = {
+            key: [
+                v[:k] + [0] * (len(row) - k)
+                for v, k, row in zip(valid_rows(inputs, value), kept, ids, strict=True)
+            ]
+            for key, value in inputs.items()
+            if isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape
         }
-        cut["input_ids"] = _pad(
-            [p[:length] for p, length in zip(encoded.prompts, lengths, strict=True)], "left", self.pad
-        )
-        cut["attention_mask"] = _pad([[1] * length for length in lengths], "left")
-        return {**encoded.inputs, **cut}
+        padded = {key: _pad(rows, side) for key, rows in of_tokens.items()}
+        valid = _valid(map(len, ids), side)
+        return {**inputs, **padded, "input_ids": _pad(ids, side, self.pad), "attention_mask": valid}
 
     def _next_positions(
         self, seen: Sequence[Tensor], owner: Sequence[int], width: int, count: int
@@ -201,35 +187,27 @@ class CandidateScorer:
         self._logits_dtype = output.logits.dtype
         return output
 
-    def _means(self, logits: Tensor, rest: Sequence[list[int]], starts: Sequence[int]) -> Tensor:
-        """Mean scores ``[N]`` of tokens ``rest[n][starts[n]:]``; ``logits[n, t]`` predict ``rest[n][t]``."""
+    def _means(self, encoded: EncodedChoices, logits: Tensor, used: Sequence[int]) -> list[Tensor]:
+        """By item, mean scores of its candidates; ``logits[n, t]`` predict token ``used[n] + t`` of the n-th."""
+        rest = [row.ids[length:] for row, length in zip(encoded.rows, used, strict=True)]
         targets = _pad(rest, "right").to(logits.device)
         logits = logits[:, : targets.shape[1]].float()
         scores = logits.gather(2, targets[:, :, None])[:, :, 0].double()
         if self.score == "logprob":
             scores = scores - logits.logsumexp(dim=2).double()
-        means = [row[start : len(ids)].mean() for row, start, ids in zip(scores, starts, rest, strict=True)]
-        return torch.stack(means).cpu()
-
-    def _by_item(self, encoded: EncodedChoices, scores: Tensor) -> list[Tensor]:
-        return list(scores.split([len(candidates) for candidates in encoded.candidates]))
+        parts = [s[c.start - n : len(c.ids) - n] for s, c, n in zip(scores, encoded.rows, used, strict=True)]
+        means = torch.stack([part.mean() for part in parts])
+        return list(means.cpu().split([len(candidates) for candidates in encoded.candidates]))
 
 
-def _token_values(inputs: Mapping[str, Any]) -> dict[str, list[list[int]]]:
-    """Inputs that have a value a token, ``[B, S]``, without padding."""
-    shape = inputs["input_ids"].shape
-    return {
-        key: valid_rows(dict(inputs), value)
-        for key, value in inputs.items()
-        if isinstance(value, Tensor) and value.shape == shape
-    }
-
-
-def _pad(rows: Sequence[list[int]], side: Literal["left", "right"], value: int = 0) -> Tensor:
+def _pad(rows: Sequence[list[int]], side: Side, value: int = 0) -> Tensor:
     """Rows as an integer tensor, ``value`` where a row is shorter."""
-    width = max(map(len, rows))
-    gaps = [[value] * (width - len(row)) for row in rows]
-    return torch.tensor([row + gap if side == "right" else gap + row for row, gap in zip(rows, gaps, strict=True)])
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, value, side)
+
+
+def _valid(lengths: Iterable[int], side: Side) -> Tensor:
+    """The mask of rows of these lengths."""
+    return _pad([[1] * length for length in lengths], side)
 
 
 @contextmanager
