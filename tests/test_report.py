@@ -121,7 +121,7 @@ def test_damaged_scores_are_named(tmp_path, capsys):
 def test_panels_of_what_there_is(tmp_path):
     figure = report_figure([read_run(_write_run(tmp_path / "a", [1.5, 1.25]))])
     titles = [axes.get_title() for axes in figure.axes if axes.axison]
-    assert titles == ["Modality Integration Rate", "Soft Discrimination Score", "Loss", "Held-out perplexity"]
+    assert titles == ["Are the modalities apart? MIR", "Soft Discrimination Score", "Loss", "Held-out perplexity"]
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert labels == ["sds_abilities/perception", "sds_abilities/reasoning", "chance"]
     assert [line.get_ydata()[0] for line in figure.axes[1].lines[-2:]] == [0.25, 0.4]  # of each ability

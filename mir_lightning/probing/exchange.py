@@ -74,7 +74,8 @@ class Exchange:
         self.text_of = self._derange(batches, pictures, seed)
         exchanged = list(enumerate(self.text_of.tolist()))
         other = [pictures[text] != pictures[place] for place, text in exchanged]
-        if not any(other) and (other := [text != place for place, text in exchanged]) and any(other):
+        if not any(other) and any(map(_pixels, batches)) and any(text != place for place, text in exchanged):
+            other = [text != place for place, text in exchanged]
             rank_zero_warn(
                 "the probe's pictures are all alike, so its image gain is 0. Do pixels arrive as they should?",
                 category=ProbeWarning,
