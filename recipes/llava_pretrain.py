@@ -111,7 +111,8 @@ class RecipeCLI(LightningCLI):
             mir = self._get(self.config_init, "mir")
             curves = [picture_folder(self.trainer, mir.name) / "curves.png"] if mir.history else []
             for picture in curves:
-                report_figure([Run.of(mir.history)]).savefig(picture)
+                rows = itertools.chain(*(other.history for other in trainer.probing_callbacks(self.trainer)))
+                report_figure([Run.of(rows)]).savefig(picture)
             print(console.closing_report(self.trainer, mir, curves, model))
 
 

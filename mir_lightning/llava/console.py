@@ -66,7 +66,7 @@ def closing_report(trainer: pl.Trainer, callback: MIRCallback, pictures: Iterabl
         points.get(point["step"], {}).update(point)
     lines = ["", history_table(points.values()), ""]
     folder = picture_folder(trainer, callback.name)
-    for picture in (*pictures, folder / "layers.png", folder / "heatmap.png"):
+    for picture in (folder / "overview.png", *pictures, folder / "heatmap.png"):
         lines.append(f"picture     {picture}")
     lines += [line for logger in trainer.loggers for line in whereabouts(logger)]
     return "\n".join([*lines, f"model       {model}", ""])

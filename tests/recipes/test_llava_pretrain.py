@@ -50,7 +50,7 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
     assert steps == ["0", "1", "2"]
     named = {line[0]: line[-1] for line in lines[header + 4 :]}
     pictures = [Path(tmp_path / line[1]) for line in lines if line[0] == "picture"]
-    assert [p.name for p in pictures] == ["curves.png", "layers.png", "heatmap.png"]
+    assert [p.name for p in pictures] == ["overview.png", "curves.png", "heatmap.png"]
     assert all(p.stat().st_size > 5000 for p in pictures)
     assert {path.name for path in tmp_path.iterdir()} == {
         "more.yaml",
