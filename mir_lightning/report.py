@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from mir_lightning.callbacks.figures import curve_colour
 from mir_lightning.files import LARGEST, check_json, read_json, regular_file
 
 if TYPE_CHECKING:
@@ -166,7 +167,9 @@ def report_figure(runs: Sequence[Run]) -> Figure:
     for axes in places[len(panels) :]:
         axes.set_axis_off()
     if len(runs) > 1:
-        handles = [Line2D([], [], color=f"C{index}", label=literal(run.name)) for index, run in enumerate(runs)]
+        handles = [
+            Line2D([], [], color=curve_colour(index), label=literal(run.name)) for index, run in enumerate(runs)
+        ]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
     return figure
 
@@ -190,11 +193,14 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
     for index, name in enumerate(names):
         style: Any = _STYLES[index % len(_STYLES)]
         if len(names) > 1:
-            colour = "0.3" if several else f"C{index}"
-            handles.append(Line2D([], [], color=colour, linestyle=style, label=literal(name)))
+            shown = "0.3" if several else curve_colour(index)
+            handles.append(Line2D([], [], color=shown, linestyle=style, label=literal(name)))
         for place, curve in enumerate(run.curves.get(name) for run in runs):
             if curve:
-                look = {"color": f"C{place if several else index}", "marker": "o" if len(curve) <= 20 else None}
+                look = {
+                    "color": curve_colour(place if several else index),
+                    "marker": "o" if len(curve) <= 20 else None,
+                }
                 axes.plot(*zip(*curve, strict=True), style, **look, markersize=3, linewidth=1.2)
                 errors = dict(runs[place].curves.get(f"{name}_se", ()))
                 if sure := [(s, v - 1.96 * errors[s], v + 1.96 * errors[s]) for s, v in curve if s in errors]:

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Okabe and Ito: told apart with any colour vision.
-_MEAN_COLOUR, _COV_COLOUR = "#0072B2", "#E69F00"
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
+_MEAN_COLOUR, _COV_COLOUR = _COLOURS[:2]
+
+
+def curve_colour(index: int) -> str:
+    """Of the curve of that number; the first eight differ."""
+    return _COLOURS[index % len(_COLOURS)]
 
 
 def new_figure(width: float = 6.4, height: float = 3.6) -> Figure:
@@ -164,8 +170,10 @@ def ability_figure(steps: Sequence[int], scores: Mapping[str, Sequence[Sequence[
     figure = new_figure()
     axes = figure.subplots()
     for index, (ability, points) in enumerate(scores.items()):
-        axes.plot(steps, [point[0] for point in points], "o-", color=f"C{index}", label=ability)
-        axes.plot(steps, [point[1] for point in points], ":", color=f"C{index}", label=f"{ability}: chance")
+        axes.plot(steps, [point[0] for point in points], "o-", color=curve_colour(index), label=ability)
+        axes.plot(
+            steps, [point[1] for point in points], ":", color=curve_colour(index), label=f"{ability}: chance"
+        )
     title = "Right answers against distractors"
     _dress(axes, xlabel="optimizer step", ylabel="Soft Discrimination Score", title=title)
     return figure
