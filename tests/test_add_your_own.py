@@ -65,7 +65,7 @@ def test_a_logger(tmp_path):
     logger = _names(2)["Notebook"]()
     fit(tmp_path, [MIRCallback(Probe([tiny_batch(seed=100)]), 3)], logger=logger)
     assert [row["step"] for row in logger.rows if "mir" in row] == [0, 3, 6]
-    assert {"mir_media/layers", "mir_media/heatmap", "mir_media/tokens"} == set(logger.pictures)
+    assert {f"mir_media/{name}" for name in ("overview", "layers", "heatmap", "tokens")} == set(logger.pictures)
 
 
 def test_a_source(tiny_processor):
