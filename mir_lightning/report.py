@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mir_lightning.callbacks.figures import curve_colour
+from mir_lightning.callbacks.figures import curve_colour, draw_band
 from mir_lightning.files import LARGEST, check_json, read_json, regular_file
 
 if TYPE_CHECKING:
@@ -197,15 +197,12 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
             handles.append(Line2D([], [], color=shown, linestyle=style, label=literal(name)))
         for place, curve in enumerate(run.curves.get(name) for run in runs):
             if curve:
-                look = {
-                    "color": curve_colour(place if several else index),
-                    "marker": "o" if len(curve) <= 20 else None,
-                }
-                axes.plot(*zip(*curve, strict=True), style, **look, markersize=3, linewidth=1.2)
+                own, marker = curve_colour(place if several else index), "o" if len(curve) <= 20 else None
+                look = {"marker": marker, "markersize": 3, "linewidth": 1.2}
+                axes.plot(*zip(*curve, strict=True), style, color=own, **look)
                 errors = dict(runs[place].curves.get(f"{name}_se", ()))
-                if sure := [(s, v - 1.96 * errors[s], v + 1.96 * errors[s]) for s, v in curve if s in errors]:
-                    steps, low, high = zip(*sure, strict=True)
-                    axes.fill_between(steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
+                sure = ((step, value, errors[step]) for step, value in curve if step in errors)
+                draw_band(axes, sure, own)
     if names[0].startswith("sds"):  # and what guessing gives, for each of the names
         keys = {name.replace("sds_acc", "sds", 1).replace("sds", "sds_chance", 1) for name in names}
         levels = sorted({run.last(key) for run in runs for key in keys & run.curves.keys()})

@@ -120,9 +120,14 @@ def _loud(points: Points) -> str | None:
     )
 
 
-def _loss_stands(points: Points) -> str | None:
+def _losses(points: Points) -> list[tuple[float, float]]:
+    """(loss, step) of one probe: the gain's, or MIR's where there is no other."""
     name = "loss" if _with(points, "loss") else "mir_loss"
-    losses = [point[name] for point in _with(points, name)]
+    return [(point[name], point["step"]) for point in _with(points, name)]
+
+
+def _loss_stands(points: Points) -> str | None:
+    losses = [loss for loss, _ in _losses(points)]
     if losses and losses[-1] == 0:
         return "the loss on the probe is exactly 0: do the labels hold what the model is given, or nothing?"
     last = losses[-_POINTS - 1 :]
@@ -135,13 +140,12 @@ def _loss_stands(points: Points) -> str | None:
 
 
 def _loss_rises(points: Points) -> str | None:
-    name = "loss" if _with(points, "loss") else "mir_loss"
-    points = _with(points, name)
-    best = min(points, key=lambda point: point[name], default={})
-    if len(points) <= _POINTS or any(point[name] < (1 + _LOSS_ROSE) * best[name] for point in points[-_POINTS:]):
+    losses = _losses(points)
+    best, at = min(losses, default=(0.0, 0.0))
+    if len(losses) <= _POINTS or any(loss < (1 + _LOSS_ROSE) * best for loss, _ in losses[-_POINTS:]):
         return None
     return (
-        f"the loss on the probe rose from {best[name]:.3f} at step {best['step']:.0f} to {points[-1][name]:.3f}: "
+        f"the loss on the probe rose from {best:.3f} at step {at:.0f} to {losses[-1][0]:.3f}: "
         "what is trained is not what the probe asks. Labels shifted twice or not at all, another prompt, learning "
         "by heart, a rate too high?"
     )

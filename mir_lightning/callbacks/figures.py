@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,11 +52,10 @@ def _dress(axes: Axes, whole_numbers: str = "", **labels: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_curve(axes: Axes, points: Sequence[tuple[float, ...]], colour: str, **look: Any) -> None:
-    """A curve of (step, value), and the 95 % interval where a point has a standard error as well."""
-    axes.plot([p[0] for p in points], [p[1] for p in points], "o-", markersize=3, color=colour, **look)
-    if sure := [(p[0], p[1] - 1.96 * p[2], p[1] + 1.96 * p[2]) for p in points if len(p) > 2]:
-        steps, low, high = zip(*sure, strict=True)
+def draw_band(axes: Axes, points: Iterable[Sequence[float]], colour: str) -> None:
+    """The 95 % interval of points (step, value, standard error)."""
+    if bounds := [(step, value - 1.96 * error, value + 1.96 * error) for step, value, error in points]:
+        steps, low, high = zip(*bounds, strict=True)
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
@@ -74,8 +73,9 @@ def overview_figure(points: Sequence[Mapping[str, float]], result: MIRResult, st
         (mir, "mir", _COV_COLOUR, ("Are the modalities apart? MIR", "log10 distance (lower is better)")),
     ):
         taken = [point for point in points if name in point]
-        keys = ("step", name, f"{name}_error")
-        draw_curve(axes, [tuple(point[key] for key in keys if key in point) for point in taken], colour)
+        axes.plot([p["step"] for p in taken], [p[name] for p in taken], "o-", markersize=3, color=colour)
+        sure = (point for point in taken if f"{name}_error" in point)
+        draw_band(axes, ((p["step"], p[name], p[f"{name}_error"]) for p in sure), colour)
         _dress(axes, "x", xlabel="optimizer step", title=labels[0], ylabel=labels[1])
         if not taken:
             axes.text(0.5, 0.5, "not measured:\nadd ImageGainCallback", ha="center", transform=axes.transAxes)
@@ -189,9 +189,8 @@ def gain_figure(points: Sequence[Sequence[float]]) -> Figure:
         (2, _COV_COLOUR, "s--", "over a blank picture"),
     ):
         gains, errors = columns[index : index + 2]
-        low, high = ([g + sign * 1.96 * e for g, e in zip(gains, errors, strict=True)] for sign in (-1, 1))
         axes.plot(steps, gains, style, color=colour, markersize=4, label=label)
-        axes.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+        draw_band(axes, zip(steps, gains, errors, strict=True), colour)
     axes.axhline(0, color="black", linewidth=0.8)
     title = "Does the model look? Higher is better; 0: it does not"
     _dress(axes, "x", xlabel="optimizer step", ylabel="image gain (nats a token)", title=title)

@@ -20,17 +20,7 @@ from torch import Tensor
 
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.frechet import Gaussian
-from mir_lightning.functional.mir import (
-    Rule,
-    check_count,
-    check_finite,
-    check_tokens,
-    judge,
-    kept_by,
-    mean_norms,
-    norms_of,
-    rule_of,
-)
+from mir_lightning.functional.mir import Rule, check_tokens, clean_tokens, judge, kept_by, mean_norms, norms_of
 
 
 class LayerInfluence:
@@ -118,14 +108,9 @@ def mir_influence(
     added, total = torch.zeros(samples, dtype=torch.float64, device=vision[0].device), 0.0
     for index, sides in enumerate(zip(vision, text, strict=True)):
         check_tokens(*sides, index)
-        norms = norms_of(sides[0]), norms_of(sides[1])
-        gaussians = []
-        for modality, tokens, of_tokens in zip(("vision", "text"), sides, norms, strict=True):
-            check_finite(modality, of_tokens, index)
-            kept = tokens[kept_by(rule_of(variant), judge(of_tokens).classes(of_tokens))]
-            check_count(modality, len(kept), index)
-            gaussians.append(Gaussian.from_tokens(kept))
-        layer = LayerInfluence((gaussians[0], gaussians[1]), norms, variant, index)
+        clean = clean_tokens(*sides, variant, index)
+        gaussians = Gaussian.from_tokens(clean.vision), Gaussian.from_tokens(clean.text)
+        layer = LayerInfluence(gaussians, (norms_of(sides[0]), norms_of(sides[1])), variant, index)
         for side, of_samples in enumerate((vision_samples, text_samples)):
             added.index_add_(0, of_samples, layer.by_token(side, sides[side]))
         total += layer.distance.item()

@@ -185,9 +185,13 @@ class CleanTokens(NamedTuple):
     vision: Tensor  # [n_v, d]
     text: Tensor  # [n_t, d]
     norms: tuple[Tensor, Tensor]  # mean norms, outliers included
-    scale: Tensor  # the text-centric scale alpha
     tokens: list[int]  # numbers of vision and text tokens, outliers included
     outliers: list[int]
+
+    @property
+    def scale(self) -> Tensor:
+        """The text-centric scale alpha."""
+        return self.norms[1].reciprocal()
 
 
 def clean_tokens(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> CleanTokens:
@@ -208,7 +212,7 @@ def clean_tokens(vision: Tensor, text: Tensor, variant: Variant, layer: int) -> 
             cleaned.append(tokens[kept])
             check_count(modality, len(cleaned[-1]), layer)
     means = mean_norms(norms[0], norms[1], layer)
-    return CleanTokens(cleaned[0], cleaned[1], means, means[1].reciprocal(), [len(n) for n in norms], outliers)
+    return CleanTokens(cleaned[0], cleaned[1], means, [len(n) for n in norms], outliers)
 
 
 def official_layer_distance(
