@@ -17,7 +17,7 @@ import torch
 
 from mir_lightning.functional.frechet import RankOrder
 from mir_lightning.functional.mir import Rule, Variant
-from mir_lightning.probing.pairs import check_prompt
+from mir_lightning.probing.pairs import PAPER_PROMPT, check_prompt
 from mir_lightning.vlm import TextPositions
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 AUTO_BATCH_SIZE = 8  # at most
 # What is read, and what of it where that is a folder.
 _READ = dict.fromkeys(("model", "processor", "sources", "score", "data", "images", "texts", "probe"), "*")
-_READ |= {"image_folder": "**/*", "runs": "**/*.[cj]s*"}
+_READ |= {"images": "**/*", "image_folder": "**/*", "runs": "**/*.[cj]s*"}
 _WRITTEN = ("output", "json", "csv", "plot", "worst_plot", "html")
 
 
@@ -44,13 +44,15 @@ def add_arguments(parser: ArgumentParser, command: type) -> None:
         own = inspect.get_annotations(owner)
         for item in (item for item in fields(command) if item.name in own and item.metadata):
             settings, kind = dict(item.metadata), hints[item.name]
+            if get_origin(kind) is not Literal:
+                kind = (get_args(kind) or (kind,))[0]  # of an optional one, or of a list
             names = [f"--{item.name.replace('_', '-')}", *settings.pop("short", ())]
             if kind is bool:
                 settings["action"] = "store_true"
             elif get_origin(kind) is Literal:
                 settings |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
             else:
-                settings.setdefault("type", (get_args(kind) or (kind,))[0])
+                settings.setdefault("type", kind)
             group.add_argument(*(names if item.default is not MISSING else [item.name]), **settings)
 
 
@@ -138,14 +140,18 @@ class Command:
 class ProbeOptions(Command):
     """Probe: image i, then text i, of --images and --texts, or of --data."""
 
-    images: Path | None = option("folder of pictures")
+    images: Path | None = option("folder of pictures, or a list of them: .txt, .json or .jsonl")
     texts: Path | None = option("folder of .txt, .story (up to @highlight) or .jsonl files, or one .jsonl file")
     data: Path | None = option("LLaVA-format .json or .jsonl file instead")
-    image_folder: Path | None = option("folder that the paths in --data start from")
+    image_folder: Path | None = option("folder that the paths in --data, or in a list of --images, start from")
     num: int = option("pairs", 100, type=at_least_one)
     seed: int | None = option("draw the pairs at random; without it, the first by name")
     batch_size: int | None = option(
         "pairs a batch (default: auto)", type=lambda n: None if n == "auto" else at_least_one(n), metavar="N|auto"
+    )
+    preset: Literal["mir-paper"] | None = option(
+        "what the MIR paper's released script feeds and computes: its prompt, --text, and --variant official-fast "
+        "unless another is given"
     )
     prompt: str | None = option(
         r"format with {image}, {text} and \n for a line break, instead of the chat template",
@@ -156,8 +162,12 @@ class ProbeOptions(Command):
     processor: str | None = option("folder or hub id of the processor, if it is not beside the model")
 
     def __post_init__(self) -> None:
-        """A ``ValueError`` if ``prompt`` is no format of a pair."""
+        """A ``ValueError`` if ``prompt`` is no format of a pair, or the preset is asked for something else."""
         super().__post_init__()
+        if self.preset and (other := flags({"prompt", "text", "data"} & self.given)):
+            raise ValueError(f"--preset {self.preset} says what {other} would: give one of them.")
+        if self.preset:
+            self.prompt = PAPER_PROMPT
         check_prompt(self.prompt)
 
 
@@ -185,6 +195,8 @@ class EvaluationOptions(ProbeOptions):
     def __post_init__(self) -> None:
         """A ``ValueError`` if ``device_map`` would overrule ``device``, or the variant has no interval."""
         super().__post_init__()
+        if self.preset and "variant" not in self.given:
+            self.variant = "official-fast"
         if self.interval and self.variant not in get_args(Rule):
             raise ValueError(f"--variant {self.variant} has no interval, as it replaces tokens: paper, robust do.")
         if self.device_map is not None and self.device != "auto":

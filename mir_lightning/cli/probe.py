@@ -46,14 +46,17 @@ def choose_pairs(options: ProbeOptions) -> list[Pair]:
             ``--max-unreadable`` of the pairs are unreadable.
     """
     sources = {name for name in ("images", "texts", "data", "image_folder") if getattr(options, name) is not None}
-    if beside := sources - ({"data", "image_folder"} if options.data else {"images", "texts"}):
-        raise ValueError(f"{flags(beside)}: --images goes with --texts, --image-folder with --data; one of both.")
+    listed = {"image_folder"} if options.images and options.images.is_file() else set()
+    if beside := sources - ({"data", "image_folder"} if options.data else {"images", "texts"} | listed):
+        raise ValueError(
+            f"{flags(beside)}: --images goes with --texts; --image-folder with --data, or with a list as --images."
+        )
     if options.data is not None:
         pairs = _pairs_of_records(options.data, options)
     elif options.images is None or options.texts is None:
         raise ValueError("a probe needs --images and --texts, or --data, or --probe.")
     else:
-        pairs = read_pairs(options.images, options.texts, options.num, options.seed)
+        pairs = read_pairs(options.images, options.texts, options.num, options.seed, options.image_folder)
     kept, unreadable = readable_pairs(pairs)
     for reason in unreadable:
         print(f"mir-lightning: left out: {reason}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -98,7 +99,12 @@ class Network:
         if self.vlm is not None and "vision_mask" not in probe[0]:
             check_takes_pixels(self.vlm)
         config = None if self.vlm is None else self.vlm.config
-        masks = [token_masks(config, batch, text, self.image_token_id) for batch in probe]
+        masks, sink = [], False
+        for batch in probe:
+            masks.append(token_masks(config, batch, text, self.image_token_id))
+            sink |= _begins_with_vision(batch, masks[-1])
+        if sink:
+            _warn_of_sink(probe.fingerprint)
         for modality, hint in (
             ("vision", "is the image token id right, and do the texts hold image placeholders?"),
             ("text", 'does text follow the image? text="all" counts what precedes it too.'),
@@ -282,6 +288,27 @@ class Network:
             f"{self._chosen}decoder layer {layer} gave {given} where [B, S, H] with B, S = {expected} of "
             f"input_ids was expected: {why}."
         )
+
+
+def _begins_with_vision(batch: Batch, masks: TokenMasks) -> bool:
+    """Whether the first position of some sample is a vision token."""
+    valid = batch.get("attention_mask")
+    if not isinstance(valid, Tensor) or valid.shape != masks.vision.shape:
+        valid = torch.ones_like(masks.vision)
+    first = valid.int().argmax(dim=1, keepdim=True)
+    return bool(masks.vision.gather(1, first).any())
+
+
+@cache
+def _warn_of_sink(fingerprint: str) -> None:
+    """Once for a probe, however often it is run."""
+    rank_zero_warn(
+        "the probe has samples whose first token is a vision token. Language models make their first token an "
+        "attention sink, of an extreme norm, so MIR counts a token that is no picture's. Put text or a "
+        "begin-of-text token before the picture, as a chat template or a prompt such as "
+        f"'USER: {{image}} ...' does (probe {fingerprint[:8]}).",
+        category=ProbeWarning,
+    )
 
 
 def map_pixels(inputs: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from mir_lightning.files import read_json_lines, read_text
+from mir_lightning.files import read_json, read_json_lines, read_text
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.probing.images import read_image
 from mir_lightning.probing.probe import Batch, Probe, batch_digest, checked_batch
@@ -23,7 +23,12 @@ T = TypeVar("T")
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 _TEXT_SUFFIXES = {".txt", ".story", ".jsonl"}
-_PLAIN_PROMPT = "{image}\n{text}"
+_PLAIN_PROMPT = "USER: {image}\n ASSISTANT: {text}"  # a picture at position 0 would be the attention sink
+# What the MIR paper's released script feeds: LLaVA's vicuna_v1, the story as the assistant's turn.
+PAPER_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {image}\n ASSISTANT: {text}{eos}"
+)
 
 
 @dataclass(frozen=True)
@@ -34,21 +39,27 @@ class Pair:
     turns: tuple[str, ...]
 
 
-def read_pairs(images: Path, texts: Path, num: int, seed: int | None = None) -> list[Pair]:
-    """Image number i with text number i, in the order of their names.
+def read_pairs(
+    images: Path, texts: Path, num: int, seed: int | None = None, image_folder: Path | None = None
+) -> list[Pair]:
+    """Image number i with text number i, in the order of their names or of the list.
 
     Args:
-        images: folder of pictures.
+        images: folder of pictures, those in its subfolders included; or a list of them: a ``.txt`` file with a
+            path a line, or a ``.json`` or ``.jsonl`` file of paths or of objects with ``"image"`` or, as TextVQA's
+            questions have it, ``"image_id"`` (below ``"data"``, where the file is an object).
         texts: folder of ``.txt`` files, ``.story`` files (what precedes the first ``@highlight``) and ``.jsonl``
             files (a text, or an object with a ``"text"``, a line); or one such ``.jsonl`` file.
         num: number of pairs.
         seed: draw images and texts at random with it; ``None`` takes the first.
+        image_folder: where the paths of a list start; the list's own folder when None.
 
     Raises:
         ValueError: if a folder is none or holds too few, or if a file or a line is not as it should be.
     """
     check_at_least_one(num=num)
-    chosen = choose(_files(images, _IMAGE_SUFFIXES, "images"), num, seed, f"images: {images}")
+    found = _listed(images, image_folder) if images.is_file() else _files(images, _IMAGE_SUFFIXES, "images")
+    chosen = choose(found, num, seed, f"images: {images}")
     sources = [texts] if texts.suffix.lower() == ".jsonl" else _files(texts, _TEXT_SUFFIXES, "texts")
     all_texts = [text for path in sources for text in _texts(path)]
     chosen_texts = choose(all_texts, num, seed, f"texts: {texts}")
@@ -58,7 +69,35 @@ def read_pairs(images: Path, texts: Path, num: int, seed: int | None = None) -> 
 def _files(folder: Path, suffixes: set[str], name: str) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{name} must be a folder, got {folder}.")
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def _listed(file: Path, folder: Path | None) -> list[Path]:
+    """The pictures that a list names."""
+    values: list[tuple[str, Any]]
+    if file.suffix.lower() == ".jsonl":
+        values = [(f"{file}, line {number}", value) for number, value in read_json_lines(file)]
+    elif file.suffix.lower() == ".json":
+        found = read_json(file)
+        found = found.get("data") if isinstance(found, dict) else found
+        if not isinstance(found, list):
+            raise ValueError(f'images: {file} must hold a list, or an object with one as its "data".')
+        values = [(f"{file}, item {number}", value) for number, value in enumerate(found)]
+    elif file.suffix.lower() == ".txt":
+        lines = enumerate(read_text(file).split("\n"), start=1)
+        values = [(f"{file}, line {number}", line.strip()) for number, line in lines if line.strip()]
+    else:
+        raise ValueError(f"images must be a folder, or a list in a .txt, .json or .jsonl file, got {file}.")
+    return [(folder or file.parent) / _named(place, value) for place, value in values]
+
+
+def _named(place: str, value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("image") or (f"{value['image_id']}.jpg" if "image_id" in value else None)
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f'{place} must be a path, or an object with an "image" or "image_id", got {value!r:.60}.')
+    return value
 
 
 def choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T]:
@@ -123,8 +162,9 @@ class PairProbe(Probe):
         config: the model's config.
         pairs: what to show the model.
         batch_size: pairs a batch.
-        prompt: format with ``{image}`` and ``{text}`` to use instead of a chat template; a processor without one
-            that takes images gets the image, a line break, and the text.
+        prompt: format with ``{image}``, ``{text}`` and, where wanted, ``{eos}`` (the tokenizer's end of a text) to
+            use instead of a chat template; a processor without one that takes images gets
+            ``"USER: {image}\\n ASSISTANT: {text}"``.
         text: which positions count as text.
         labels: give the batches ``labels`` as well, for loss and image gain: the text behind the picture, or of a
             conversation what the model says.
@@ -181,7 +221,8 @@ class PairProbe(Probe):
         return batch
 
     def _prompts(self, pairs: Sequence[Pair]) -> list[str]:
-        token, prompt = getattr(self.processor, "image_token", None), str(self.prompt)
+        token = getattr(self.processor, "image_token", None)
+        prompt = str(self.prompt).replace("{eos}", self.processor.tokenizer.eos_token or "")
         if token is None:
             raise ValueError(f"{type(self.processor).__name__} has no chat template and no image_token to use.")
         pictures = [str(token) * len(pair.images) for pair in pairs]

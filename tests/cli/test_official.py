@@ -13,10 +13,7 @@ from mir_lightning.functional import modality_integration_rate
 
 def _generated_states(shared, image, text):
     """Hidden states of the prompt, one sample through ``generate`` as the script runs it, layer by layer."""
-    token = shared.processor.image_token
-    inputs = shared.processor(
-        images=Image.open(image).convert("RGB"), text=f"{token}\n{text}", return_tensors="pt"
-    )
+    inputs = shared.processor(images=Image.open(image).convert("RGB"), text=text, return_tensors="pt")
     made = shared.model.eval().generate(
         **inputs, max_new_tokens=1, do_sample=False, output_hidden_states=True, return_dict_in_generate=True
     )
@@ -51,19 +48,50 @@ def _distance(vision, text, fast):
     return gap @ gap + np.trace(covs[0]) + np.trace(covs[1]) - 2 * np.trace(root)
 
 
-def test_the_released_scripts_accurate_numbers(run, shared, tmp_path):
-    texts = ["The tide comes in twice a day.", "A short story.", "Ünïcode, and then some more words."]
+def _script_text(shared, story):
+    """The script's conversation: system, the picture as the user's turn, the story as the assistant's."""
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    turns = [("USER", f"{shared.processor.image_token}\n", " "), ("ASSISTANT", story, "END")]
+    text = system + " " + "".join(f"{role}: {said}{end}" for role, said, end in turns)
+    return text.replace("END", shared.processor.tokenizer.eos_token)
+
+
+def _script_distances(shared, texts, fast=False):
     samples = [
         _generated_states(shared, shared.root / "images" / f"{i}.png", text) for i, text in enumerate(texts)
     ]
-    distances = [
-        _distance(*(np.concatenate(parts) for parts in zip(*layer, strict=True)), fast=False)
-        for layer in zip(*samples, strict=True)
-    ]
-    run("eval", shared.root / "model", "--variant", "official", "--json", tmp_path / "out.json")
+    layers = zip(*samples, strict=True)
+    return [_distance(*(np.concatenate(parts) for parts in zip(*layer, strict=True)), fast) for layer in layers]
+
+
+STORIES = ["The tide comes in twice a day.", "A short story.", "Ünïcode, and then some more words."]
+
+
+@pytest.mark.parametrize("preset", [False, True])
+def test_the_released_scripts_accurate_numbers(run, shared, tmp_path, preset):
+    plain = [f"USER: {shared.processor.image_token}\n ASSISTANT: {story}" for story in STORIES]
+    distances = _script_distances(shared, [_script_text(shared, s) for s in STORIES] if preset else plain)
+    arguments = ["--preset", "mir-paper"] if preset else []
+    run("eval", shared.root / "model", *arguments, "--variant", "official", "--json", tmp_path / "out.json")
     ours = json.loads((tmp_path / "out.json").read_text())
     assert ours["layers"] == pytest.approx(distances, rel=1e-4)
     assert ours["mir"] == pytest.approx(np.log10(sum(distances)), abs=1e-4)
+
+
+def test_the_preset_computes_what_the_script_computes_by_default(run, shared, tmp_path):
+    """Its default mode inverts near-singular matrices here: the closed form of docs/published_numbers.md."""
+    run("eval", shared.root / "model", "--preset", "mir-paper", "--json", tmp_path / "out.json")
+    ours = json.loads((tmp_path / "out.json").read_text())
+    assert (ours["variant"], ours["text"]) == ("official-fast", "after_vision")
+    exact = _script_distances(shared, [_script_text(shared, story) for story in STORIES])
+    assert ours["mir"] > np.log10(sum(exact))
+    refused = run("eval", shared.root / "model", "--preset", "mir-paper", "--prompt", "{image}{text}")
+    assert (refused.status, "--preset mir-paper says what --prompt would" in refused.err) == (1, True)
+    interval = run("eval", shared.root / "model", "--preset", "mir-paper", "--interval")
+    assert "--variant official-fast has no interval" in interval.err
 
 
 def test_the_released_scripts_default_numbers_where_they_are_determined():

@@ -51,6 +51,59 @@ def test_llava_format_data(run, shared, tmp_path):
     assert "holds 3 records with images, 4 are needed (--num)" in outside.err
 
 
+def test_lists_of_images(run, shared, tmp_path):
+    """Nested folders, a text file, and question files as TextVQA's: the same pictures, the same number."""
+    nested = tmp_path / "nested"
+    for place in ("0.png", "b/1.png", "b/c/2.png"):
+        (nested / place).parent.mkdir(parents=True, exist_ok=True)
+        (nested / place).write_bytes((shared.root / "images" / place[-5:]).read_bytes())
+    (nested / ".hidden").mkdir()
+    (nested / ".hidden" / "0.png").write_bytes(b"no picture")
+    (nested / "b" / "._1.png").write_bytes(b"no picture")
+    names = [str(shared.root / "images" / f"{i}.png") for i in range(3)]
+    lists = {
+        "list.txt": "\n".join(names) + "\n\n",
+        "paths.json": json.dumps(names),
+        "llava_textvqa.jsonl": "\n".join(json.dumps({"question_id": i, "image": n}) for i, n in enumerate(names)),
+    }
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text)
+    texts, out = ["--texts", shared.root / "texts", "--num", 3], tmp_path / "out.json"
+    assert run("eval", shared.root / "model", "--json", out).status == 0
+    wanted = json.loads(out.read_text())
+    for images in (nested, *(tmp_path / name for name in lists)):
+        done = run("eval", shared.root / "model", "--images", images, *texts, "--json", out, pairs=False)
+        assert done.status == 0, done.err
+        found = json.loads(out.read_text())
+        assert (found["source"], found["mir"]) == (wanted["source"], wanted["mir"])
+    questions = tmp_path / "TextVQA_val.json"
+    questions.write_text(json.dumps({"data": [{"image_id": str(i), "question": "?"} for i in range(3)]}))
+    folder = tmp_path / "jpg"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.jpg").write_bytes((shared.root / "images" / f"{i}.png").read_bytes())
+    arguments = ["--images", questions, "--image-folder", folder, *texts, "--json", out]
+    assert run("eval", shared.root / "model", *arguments, pairs=False).status == 0
+    assert json.loads(out.read_text())["source"] == wanted["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("list.txt", "0.png\n", "list.txt holds 1, 3 are needed"),
+        ("list.json", '{"images": []}', 'list.json must hold a list, or an object with one as its "data".'),
+        ("list.json", '["0.png", 7]', 'list.json, item 1 must be a path, or an object with an "image"'),
+        ("list.jsonl", '"0.png"\n{"picture": "1.png"}', 'line 2 must be a path, or an object with an "image"'),
+        ("list.csv", "0.png", "images must be a folder, or a list in a .txt, .json or .jsonl file, got"),
+    ],
+)
+def test_bad_lists_of_images(run, shared, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    arguments = ["--images", tmp_path / name, "--texts", shared.root / "texts", "--num", 3]
+    done = run("eval", shared.root / "model", *arguments, pairs=False)
+    assert (done.status, message in done.err) == (1, True), done.err
+
+
 def test_unreadable_images_are_named_and_counted(run, shared, tmp_path):
     images = tmp_path / "images"
     images.mkdir()

@@ -1,5 +1,6 @@
 import gc
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -431,6 +432,25 @@ def test_a_second_name_of_a_part_is_no_second_model():
 def test_a_probe_with_fewer_tokens_than_the_width_is_told_how_many_more_it_needs():
     with pytest.warns(ProbeWarning, match=r"10 vision tokens .* 24 wide.* 14 more"):
         evaluate_mir(tiny_llava(), Probe([tiny_batch(batch=1)]))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_picture_at_position_0_is_warned_of_once(side):
+    batch = tiny_batch(seed=30 + len(side), before=0)
+    if side == "left":  # the first sample's pad tokens come before its picture
+        pad = torch.zeros(4, 2, dtype=torch.long)
+        batch = {k: torch.cat([pad, v], 1) if v.ndim == 2 else v for k, v in batch.items()}
+    shifted = Probe([tiny_batch(), batch])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(2):
+            evaluate_mir(tiny_llava(seed), shifted)
+    told = [str(warning.message) for warning in caught if "attention sink" in str(warning.message)]
+    assert len(told) == 1
+    assert "Put text or a begin-of-text token before the picture" in told[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ProbeWarning)
+        evaluate_mir(tiny_llava(), Probe([tiny_batch(seed=40 + len(side)), tiny_batch(seed=9)]))
 
 
 class HandWritten(torch.nn.Module):
