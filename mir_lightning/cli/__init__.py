@@ -35,10 +35,10 @@ def _parser(given: list[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mir-lightning {version('mir-lightning')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     if given[:1] != ["--version"]:
-        from mir_lightning.cli import compare, evaluate, probe, report  # seconds: they load PyTorch
+        from mir_lightning.cli import compare, evaluate, probe, report, sds  # seconds: they load PyTorch
         from mir_lightning.cli.options import add_arguments
 
-        for command in (evaluate.Eval, compare.Compare, probe.Probe, report.Report):
+        for command in (evaluate.Eval, compare.Compare, sds.SDS, probe.Probe, report.Report):
             name, text = command.__name__.lower(), command.__doc__
             one = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
             add_arguments(one, command)

@@ -13,13 +13,14 @@ import torch
 
 from mir_lightning.callbacks import figures
 from mir_lightning.cli.evaluate import evaluate_source, layer_bars, plus_minus, shown
-from mir_lightning.cli.options import EvaluationOptions, ProbeOptions, flags, option
+from mir_lightning.cli.options import EvaluationOptions, ModelOptions, ProbeOptions, flags, option
 from mir_lightning.files import check_json, read_json
 from mir_lightning.functional.influence import standard_error
 from mir_lightning.report import literal, text_table
 
 _MUST_AGREE = {"source": "probe", "variant": "variant", "text": "text positions"}
-_OF_MODELS = {name for owner in (ProbeOptions, EvaluationOptions) for name in inspect.get_annotations(owner)} - {
+_OWNERS = (ProbeOptions, ModelOptions, EvaluationOptions)
+_OF_MODELS = {name for owner in _OWNERS for name in inspect.get_annotations(owner)} - {
     *("json", "csv", "plot", "no_progress", "interval")
 }
 _NEEDED = {
@@ -66,7 +67,8 @@ class Compare(EvaluationOptions):
             rows = [{key: value for key, value in row.items() if key != "±"} for row in rows]
         curves = {literal(f"{name} (MIR {record['mir']:.3f})"): record["layers"] for name, record in named}
         table = [list(rows[0]), *(list(row.values()) for row in rows)]
-        self.write(records, table, lambda: figures.layer_comparison_figure(curves))
+        self.write(records, table)
+        self.draw(lambda: figures.layer_comparison_figure(curves))
         printed = {key: form for key, form in _PRINTED.items() if key in rows[0]}
         lines = []
         for row, record in zip(rows, records, strict=True):

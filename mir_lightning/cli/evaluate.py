@@ -73,7 +73,8 @@ class Eval(EvaluationOptions):
         record, pairs = evaluate_source(self.model, self, self.gain)
         columns, rows = figures.layer_table(record)
         title = literal(f"{Path(self.model).name or self.model}: MIR {record['mir']:.3f}")
-        self.write(record, [columns, *rows], lambda: figures.layer_figure(record, title))
+        self.write(record, [columns, *rows])
+        self.draw(lambda: figures.layer_figure(record, title))
         order = torch.tensor(record["influence"] or []).argsort(descending=True, stable=True)[: self.worst or 0]
         worst = [(pairs[place], f"{record['influence'][place]:+.4f}") for place in order.tolist()]
         if self.worst_plot:

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 
-from mir_lightning.cli.options import EvaluationOptions
+from mir_lightning.cli.options import ModelOptions
 from mir_lightning.files import read_json
 from mir_lightning.functional.checks import check_loaded
 from mir_lightning.hardware import cpu_dtype, warn_of_slow_bfloat16
@@ -17,7 +17,7 @@ from mir_lightning.llava.demo import weights  # noqa: F401  registers the packag
 from mir_lightning.llava.model import saving
 
 
-def load_model(source: str, options: EvaluationOptions) -> nn.Module:
+def load_model(source: str, options: ModelOptions) -> nn.Module:
     """The model at ``source``: a folder or hub id, an adapter's folder, or the recipe's Lightning checkpoint.
 
     Raises:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 AUTO_BATCH_SIZE = 8  # at most
 # What is read, and what of it where that is a folder.
-_READ = dict.fromkeys(("model", "processor", "sources", "score", "data", "images", "texts", "probe"), "*")
-_READ |= {"images": "**/*", "image_folder": "**/*", "runs": "**/*.[cj]s*"}
+_READ = dict.fromkeys(("model", "processor", "sources", "score", "data", "texts", "probe"), "*")
+_READ |= {"images": "**/*", "image_folder": "**/*", "items": "**/*", "runs": "**/*.[cj]s*"}
 _WRITTEN = ("output", "json", "csv", "plot", "worst_plot", "html")
 
 
@@ -172,14 +172,39 @@ class ProbeOptions(Command):
 
 
 @dataclass(kw_only=True)
-class EvaluationOptions(ProbeOptions):
-    """Evaluation."""
+class ModelOptions(Command):
+    """Model and results."""
 
-    probe: Path | None = option('file that "mir-lightning probe" wrote, instead of all of the above')
     device: str = option("torch device; auto is cuda if there is one", "auto", type=device)
     device_map: str | None = option('"auto" spreads the model over devices (needs accelerate)', metavar="MAP")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "of the weights; auto is the saved one, on a CPU float32 where it would have to emulate that", "auto"
+    )
+    no_progress: bool = option("show no progress bar", False)
+    json: Path | None = option("write everything to this file", type=output_file)
+    csv: Path | None = option("write the table to this file", type=output_file)
+
+    def __post_init__(self) -> None:
+        """A ``ValueError`` if ``device_map`` would overrule ``device``."""
+        super().__post_init__()
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError(f"--device {self.device} and --device-map {self.device_map} exclude each other.")
+
+    def write(self, result: Any, table: Iterable[Iterable[Any]]) -> None:
+        """Write what ``--json`` and ``--csv`` ask for."""
+        if self.json:
+            self.json.write_text(json.dumps(result, indent=1))
+        if self.csv:
+            with self.csv.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                csv.writer(file).writerows(table)
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions(ProbeOptions, ModelOptions):
+    """Evaluation."""
+
+    probe: Path | None = option(
+        'file that "mir-lightning probe" wrote, instead of the pairs of --images or --data'
     )
     variant: Variant = option("of the metric", "paper")
     interval: bool = option("standard error of MIR and influence of each sample, by one more pass", False)
@@ -187,27 +212,17 @@ class EvaluationOptions(ProbeOptions):
     layers: str | None = option("dotted path of the decoder layers inside the model, if not found by itself")
     image_token_id: int | None = option("placeholder of vision tokens, if the config is wrong")
     no_check: bool = option("skip the self-check of the vision mask", False)
-    no_progress: bool = option("show no progress bar", False)
-    json: Path | None = option("write everything to this file", type=output_file)
-    csv: Path | None = option("write the table to this file", type=output_file)
     plot: Path | None = option("draw the layers into this file (.png, .pdf, .svg)", type=picture_file)
 
     def __post_init__(self) -> None:
-        """A ``ValueError`` if ``device_map`` would overrule ``device``, or the variant has no interval."""
+        """A ``ValueError`` if the variant has no interval."""
         super().__post_init__()
         if self.preset and "variant" not in self.given:
             self.variant = "official-fast"
         if self.interval and self.variant not in get_args(Rule):
             raise ValueError(f"--variant {self.variant} has no interval, as it replaces tokens: paper, robust do.")
-        if self.device_map is not None and self.device != "auto":
-            raise ValueError(f"--device {self.device} and --device-map {self.device_map} exclude each other.")
 
-    def write(self, result: Any, table: Iterable[Iterable[Any]], figure: Callable[[], Figure]) -> None:
-        """Write what ``--json``, ``--csv`` and ``--plot`` ask for."""
-        if self.json:
-            self.json.write_text(json.dumps(result, indent=1))
-        if self.csv:
-            with self.csv.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                csv.writer(file).writerows(table)
+    def draw(self, figure: Callable[[], Figure]) -> None:
+        """Draw what ``--plot`` asks for."""
         if self.plot:
             figure().savefig(self.plot)

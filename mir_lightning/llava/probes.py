@@ -77,11 +77,15 @@ def gain_probe(data: PretrainingData) -> Probe:
 
 def choices(data: PretrainingData) -> ChoiceProbe:
     """Multiple-choice items, asked as the model is trained to answer."""
-    if data.choice_items is not None:
-        items = (load_m3_bench if data.choice_items.is_dir() else load_choice_items)(data.choice_items)
-    else:
+    style = data.choice_style
+    if data.choice_items is None:
         items = shapes_choices(data.shapes_choices, data.seed)
-    return ChoiceProbe(items, data.collate.processor, data.collate.prompt.question("{prompt}"))
+    elif data.choice_items.is_dir():
+        items = load_m3_bench(data.choice_items, seed=data.seed, style=style)
+    else:
+        items = load_choice_items(data.choice_items)
+    template = data.collate.prompt.question("{prompt}") if style is None else None
+    return ChoiceProbe(items, data.collate.processor, template, style=style)
 
 
 def few_shot(data: PretrainingData) -> FewShotProbe:

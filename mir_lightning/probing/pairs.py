@@ -26,8 +26,8 @@ _TEXT_SUFFIXES = {".txt", ".story", ".jsonl"}
 _PLAIN_PROMPT = "USER: {image}\n ASSISTANT: {text}"  # a picture at position 0 would be the attention sink
 # What the MIR paper's released script feeds: LLaVA's vicuna_v1, the story as the assistant's turn.
 PAPER_PROMPT = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: {image}\n ASSISTANT: {text}{eos}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. USER: {image}\n ASSISTANT: {text}{eos}"
 )
 
 
@@ -152,7 +152,7 @@ def readable_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
 
 
 class PairProbe(Probe):
-    """Pairs as batches of a processor, made when they are asked for: memory does not grow with their number.
+    r"""Pairs as batches of a processor, made when they are asked for: memory does not grow with their number.
 
     Everything after the last image token is text, role words and end token included, as in the MIR paper's
     script; the processor's marks right behind the image are not.
@@ -164,7 +164,7 @@ class PairProbe(Probe):
         batch_size: pairs a batch.
         prompt: format with ``{image}``, ``{text}`` and, where wanted, ``{eos}`` (the tokenizer's end of a text) to
             use instead of a chat template; a processor without one that takes images gets
-            ``"USER: {image}\\n ASSISTANT: {text}"``.
+            ``"USER: {image}\n ASSISTANT: {text}"``.
         text: which positions count as text.
         labels: give the batches ``labels`` as well, for loss and image gain: the text behind the picture, or of a
             conversation what the model says.

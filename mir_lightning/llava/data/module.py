@@ -18,6 +18,7 @@ from mir_lightning.llava.data.shards import Shards
 from mir_lightning.llava.data.source import Source
 from mir_lightning.llava.data.table import Table
 from mir_lightning.llava.demo.shapes import Shapes
+from mir_lightning.probing.choices.styles import StyleName
 from mir_lightning.probing.images import UnreadableImageError
 
 __all__ = ["PretrainingData", "Records", "Shapes", "Shards", "Table"]  # a source's name is enough in a config
@@ -45,6 +46,8 @@ class PretrainingData(pl.LightningDataModule):
         caption_pictures: held-out pictures to write captions of at every evaluation; 0 for none.
         choice_items: ``.jsonl`` file of multiple-choice items, or an M3-Bench folder, for the Soft Discrimination
             Score.
+        choice_style: ask them as RADAR's released script for ``"llava"``, ``"qwen"`` or ``"internvl"`` models,
+            instead of as the model is trained.
         shapes_choices: items of each built-in task on drawn shapes instead; 0 for none.
         shapes_few_shot: captions and short answers on drawn shapes, of each task, for the few-shot baseline; 0 for
             none.
@@ -65,6 +68,7 @@ class PretrainingData(pl.LightningDataModule):
     gain_samples: int = 32
     caption_pictures: int = 4
     choice_items: Path | None = None
+    choice_style: StyleName | None = None
     shapes_choices: int = 0
     shapes_few_shot: int = 0
     seed: int = 0

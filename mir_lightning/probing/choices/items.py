@@ -57,8 +57,12 @@ def open_image(source: ImageSource) -> Image:
     return as_viewed(source() if callable(source) else source)
 
 
-def check_items(items: Iterable[ChoiceItem], open_ended: bool = False) -> list[ChoiceItem]:
-    """The items as a list, if every one of them can be asked; ``open_ended`` ones need no distractor.
+def check_items(
+    items: Iterable[ChoiceItem], open_ended: bool = False, as_released: bool = False
+) -> list[ChoiceItem]:
+    """The items as a list, if every one of them can be asked.
+
+    ``open_ended`` ones need no distractor, and ``as_released`` a candidate may be repeated.
 
     Raises:
         TypeError: for anything but :class:`ChoiceItem`.
@@ -76,7 +80,9 @@ def check_items(items: Iterable[ChoiceItem], open_ended: bool = False) -> list[C
     abilities: dict[str, str] = {}
     problems = []
     for item in checked:
-        found = list(_problems(item, open_ended))
+        found = [*_problems(item), *([] if as_released else repetitions(item))]
+        if not item.distractors and not open_ended:
+            found.append("no distractor")
         if ids[item.id] > 1:
             found.append("its id is not unique")
         if (ability := abilities.setdefault(item.task, item.ability)) != item.ability:
@@ -87,7 +93,14 @@ def check_items(items: Iterable[ChoiceItem], open_ended: bool = False) -> list[C
     return checked
 
 
-def _problems(item: ChoiceItem, open_ended: bool) -> Iterator[str]:
+def repetitions(item: ChoiceItem) -> list[str]:
+    """What to say of a candidate that an item has twice."""
+    counts = Counter(candidate.strip() for candidate in item.candidates)
+    repeated = [text for text, count in counts.items() if text and count > 1]
+    return [f"duplicate answer {repeated[0]!r}"] if repeated else []
+
+
+def _problems(item: ChoiceItem) -> Iterator[str]:
     for source in item.images:
         if isinstance(source, (str, Path)) and not Path(source).is_file():
             yield f"image {source} is missing"
@@ -96,24 +109,33 @@ def _problems(item: ChoiceItem, open_ended: bool) -> Iterator[str]:
         yield f"{marks} {IMAGE} in its prompt and {len(item.images)} images"
     if not item.images and not item.prompt.strip():
         yield "neither question nor image"
-    if not item.distractors and not open_ended:
-        yield "no distractor"
     texts = [candidate.strip() for candidate in item.candidates]
     if not texts[0]:
         yield "empty answer"
     if not all(texts[1:]):
         yield "empty distractor"
-    if repeated := [text for text, count in Counter(texts).items() if text and count > 1]:
-        yield f"duplicate answer {repeated[0]!r}"
     for name in ("task", "ability"):
         if not getattr(item, name):
             yield f"no {name}"
 
 
-def sample_distractors(distractors: Sequence[Any], most: int | None, seed: int, item_id: str) -> tuple[str, ...]:
+def text_of(place: str, value: Any) -> str:
+    """A text, or a number as one; a ``ValueError`` for anything else, ``null`` and lists among it."""
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise ValueError(f"{place} must be a text or a number, got {value!r:.60}.")
+    return str(value)
+
+
+def texts_of(place: str, values: Any) -> list[str]:
+    """A list of texts; a ``ValueError`` for anything else, such as one text, which would fall into letters."""
+    if not isinstance(values, list):
+        raise ValueError(f"{place} must be a list of texts, got {values!r:.60}.")
+    return [text_of(f"{place}[{index}]", value) for index, value in enumerate(values)]
+
+
+def sample_distractors(texts: Sequence[str], most: int | None, seed: int, item_id: str) -> tuple[str, ...]:
     """``most`` of an item's distractors, in their order; the same ones for the same seed and id. ``None``: all."""
     check_at_least_one(max_distractors=1 if most is None else most)
-    texts = [str(distractor) for distractor in distractors]
     if most is None or most >= len(texts):
         return tuple(texts)
     chosen = random.Random(f"{seed}/{item_id}").sample(range(len(texts)), most)
@@ -141,15 +163,18 @@ def load_choice_items(path: str | Path, max_distractors: int | None = None, seed
     for number, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{path}: line {number} must be a JSON object, got {type(row).__name__}.")
-    return check_items(_item_of(row, path.parent, f"line {number}", max_distractors, seed) for number, row in rows)
+    return check_items(_item_of(row, path, f"line {number}", max_distractors, seed) for number, row in rows)
 
 
 def _item_of(
-    row: Mapping[str, Any], folder: Path, default_id: str, max_distractors: int | None, seed: int
+    row: Mapping[str, Any], file: Path, default_id: str, max_distractors: int | None, seed: int
 ) -> ChoiceItem:
-    item_id = str(row.get("id", default_id))
+    place = f"{file}, {default_id}"
+    item_id = text_of(f"{place}: id", row.get("id", default_id))
     images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
-    prompt, answer, task, ability = (str(row.get(key, "")) for key in ("question", "answer", "task", "ability"))
-    distractors = sample_distractors(row.get("distractors", []), max_distractors, seed, item_id)
-    pictures = tuple(folder / name for name in images)
+    fields = ("question", "answer", "task", "ability")
+    prompt, answer, task, ability = (text_of(f"{place}: {key}", row.get(key, "")) for key in fields)
+    wrong = texts_of(f"{place}: distractors", row.get("distractors", []))
+    distractors = sample_distractors(wrong, max_distractors, seed, item_id)
+    pictures = tuple(file.parent / name for name in texts_of(f"{place}: images", images))
     return ChoiceItem(item_id, prompt, answer, distractors, task, ability, pictures)

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mir_lightning.functional.checks import check_choice
 from mir_lightning.probing.choices.items import IMAGE, ChoiceItem, ImageSource, check_items, open_image
+from mir_lightning.probing.choices.styles import STYLES, StyleName
 from mir_lightning.probing.probe import batch_digest
 
 T = TypeVar("T")
@@ -24,7 +26,7 @@ class Candidate:
 
     Attributes:
         ids: token ids.
-        start: index of the first token that holds a part of the candidate.
+        start: index of the candidate's first token.
     """
 
     ids: list[int]
@@ -62,17 +64,21 @@ class ChoiceProbe:
     """Fixed multiple-choice items with the processor that turns them into a model's inputs.
 
     A candidate follows its prompt after a space, or directly where the prompt ends in white space. Both are
-    tokenised as one text, so that a token may span the boundary.
+    tokenised as one text, so that a token may span the boundary: it counts as the candidate's.
 
     Args:
         items: the questions.
         processor: of the model (a Hugging Face processor with a fast or slow ``tokenizer``); called with lists of
             ``text`` and of lists of ``images``.
         template: text around each item's prompt, which replaces ``{prompt}`` in it: for models that expect a
-            chat.
-        image_text: what the processor takes for one picture in its text; its ``image_token`` when None. (Qwen
-            models were trained with ``"<|vision_start|><|image_pad|><|vision_end|>"``.)
+            chat; that of the style when None.
+        image_text: what the processor takes for one picture in its text; its ``image_token`` when None, with what
+            the style has around it. (Qwen models were trained with
+            ``"<|vision_start|><|image_pad|><|vision_end|>"``.)
         open_ended: the items are answered freely, so that they need no distractor.
+        style: ask as RADAR's released script for ``"llava"``, ``"qwen"`` or ``"internvl"`` models does (see
+            :mod:`~mir_lightning.probing.choices.styles`); repeated candidates are then taken, too. ``"internvl"``
+            has the conversation of InternVL 2.5 to 3.5, ``template`` another one.
 
     Raises:
         TypeError: for items of another kind.
@@ -84,18 +90,24 @@ class ChoiceProbe:
         self,
         items: Iterable[ChoiceItem],
         processor: Any,
-        template: str = "{prompt}",
+        template: str | None = None,
         image_text: str | None = None,
         open_ended: bool = False,
+        style: StyleName | None = None,
     ) -> None:
-        self.items = check_items(items, open_ended)
+        if style is not None:
+            check_choice("style", style, StyleName)
+        self.style = STYLES[style]
+        template = self.style.template if template is None else template
+        self.items = check_items(items, open_ended, as_released=style is not None)
         if "{prompt}" not in template:
             raise ValueError(f"template must hold {{prompt}}, got {template!r}.")
         if getattr(processor, "tokenizer", None) is None:
             raise ValueError(f"processor must have a tokenizer, got {type(processor).__name__}.")
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("processor.tokenizer has no pad token: set its pad_token, for example to its eos.")
-        self.image_text = image_text or getattr(processor, "image_token", None) or ""
+        token = getattr(processor, "image_token", None)
+        self.image_text = image_text or (self.style.image_text.replace("{image}", token) if token else "")
         if not self.image_text and any(item.images for item in self.items):
             raise ValueError(f"{type(processor).__name__} has no image_token: say with image_text what it is.")
         self.processor = processor
@@ -121,6 +133,8 @@ class ChoiceProbe:
             digest.update("\0".join(texts).encode())
             for source in item.images:
                 digest.update(_picture_key(source))
+        if self.style is not STYLES[None]:
+            digest.update(repr(self.style).encode())
         return digest.hexdigest()
 
     def encode(self, items: Sequence[ChoiceItem]) -> EncodedChoices:
@@ -135,9 +149,13 @@ class ChoiceProbe:
         prompts = valid_rows(inputs, inputs["input_ids"])
         candidates = []
         for item, prompt, text, pictures in zip(items, prompts, texts, images, strict=True):
-            gap = "" if not text or text[-1].isspace() else " "
+            gap = self.style.gap
+            if gap is None:
+                gap = "" if not text or text[-1].isspace() else " "
             endings = [gap + candidate for candidate in item.candidates]
             found = self._continue(prompt, endings) or self._continue_whole(prompt, text, pictures, endings)
+            if self.style.by_count:
+                found = [Candidate(row.ids, len(prompt)) for row in found]
             for row, candidate in zip(found, item.candidates, strict=True):
                 if row.start >= len(row.ids):
                     raise ValueError(f"items: candidate {candidate!r} of {item.id} adds no token to its prompt.")
@@ -150,8 +168,7 @@ class ChoiceProbe:
         return self._process([self._text(i) for i in rows], [[open_image(s) for s in i.images] for i in rows])
 
     def _text(self, item: ChoiceItem) -> str:
-        first = "" if IMAGE in item.prompt else f"{IMAGE}\n" * len(item.images)
-        return self.template.replace("{prompt}", first + item.prompt).replace(IMAGE, self.image_text)
+        return self.template.replace("{prompt}", self.style.prompt(item)).replace(IMAGE, self.image_text)
 
     def _process(self, texts: list[str], images: list[list[Any]]) -> dict[str, Any]:
         pictures = {"images": images} if images[0] else {}

@@ -102,6 +102,19 @@ def test_bad_items_are_listed_with_their_ids_in_one_error(tmp_path):
     assert "line 1:" not in text
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distractors": "green"}, "own.jsonl, line 1: distractors must be a list of texts, got 'green'."),
+        ({"answer": None}, "own.jsonl, line 1: answer must be a text or a number, got None."),
+        ({"images": "a.png"}, "own.jsonl, line 1: images must be a list of texts, got 'a.png'."),
+    ],
+)
+def test_values_that_would_become_other_texts(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_choice_items(_write(tmp_path / "own.jsonl", [{**ROW, **change}]))
+
+
 def test_files_that_are_no_items(tmp_path):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps(ROW) + "\n{")

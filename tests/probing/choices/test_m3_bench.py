@@ -108,6 +108,60 @@ def test_tasks_and_distractors_are_chosen(bench):
     assert items == load_m3_bench(bench, ["mathematical_reasoning"], max_distractors=1, seed=3)
 
 
+def test_what_cannot_be_asked_is_left_out_by_id(bench):
+    file = bench / "spatial_reasoning/Spatial_1_pretrained_mllm_eval.json"
+    rows = {"s": QUESTION, "empty": {**QUESTION, "distraction": []}, "many": {**QUESTION, "img_num": 13}}
+    rows["twice"] = {**QUESTION, "distraction": ["a dog", "a dog"]}
+    rows["itself"] = {**QUESTION, "distraction": ["a dog", "a cat"]}
+    file.write_text(json.dumps(rows))
+    for name in ("empty.jpg", "twice.jpg", "itself.jpg", *(f"many_{i}.png" for i in range(13))):
+        Image.new("RGB", (4, 4)).save(bench / "spatial_reasoning/images" / name)
+    with pytest.warns(UserWarning, match="M3-Bench") as caught:
+        kept = [item.id for item in load_m3_bench(bench, ["spatial_reasoning"])]
+    (told,) = (str(warning.message) for warning in caught)
+    assert "M3-Bench: 3 questions are left out." in told
+    assert "spatial_reasoning/empty: no distractor, so that any model is right" in told
+    assert "spatial_reasoning/twice: duplicate answer 'a dog'" in told
+    assert "spatial_reasoning/itself: duplicate answer 'a cat'" in told
+    assert kept == ["spatial_reasoning/s", "spatial_reasoning/many"]
+    with pytest.warns(UserWarning, match=r"2 questions are left out.*many: 13 pictures, and the released scripts"):
+        kept = [item.id for item in load_m3_bench(bench, ["spatial_reasoning"], style="qwen")]
+    assert kept == [f"spatial_reasoning/{q_id}" for q_id in ("s", "twice", "itself")]
+
+
+def test_pictures_flat_or_in_subfolders_with_the_whole_id_or_its_first_part(bench):
+    folder = bench / "general_visual_question_answering"
+    file = folder / "MMBench_social_relation_2_pretrained_mllm_eval.json"
+    file.write_text(json.dumps(dict.fromkeys(("7", "8--a", "9--b", "10"), QUESTION)))
+    (folder / "images/social_relation/8.jpg").rename(folder / "images/social_relation/8--a.jpg")
+    Image.new("RGB", (4, 4)).save(folder / "images/social_relation/9.jpg")
+    Image.new("RGB", (4, 4)).save(folder / "images/10.jpg")
+    found = _by_id(load_m3_bench(bench, ["general_visual_question_answering"]))
+    images = [
+        found[f"general_visual_question_answering/social_relation/{q_id}"].images[0]
+        for q_id in ("7", "8--a", "9--b", "10")
+    ]
+    places = ["social_relation/7.jpg", "social_relation/8--a.jpg", "social_relation/9.jpg", "10.jpg"]
+    assert [path.relative_to(folder / "images").as_posix() for path in images] == places
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distraction": "a dog"}, "s: distraction must be a list of texts, got 'a dog'."),
+        ({"distraction": ["a dog", None]}, r"s: distraction\[1\] must be a text or a number, got None."),
+        ({"answer": None}, "s: answer must be a text or a number, got None."),
+        ({"answer": ["a cat"]}, r"s: answer must be a text or a number, got \['a cat'\]."),
+        ({"question": True}, "s: question must be a text or a number, got True."),
+    ],
+)
+def test_what_would_be_a_wrong_number_is_refused(bench, change, message):
+    file = bench / "spatial_reasoning/Spatial_1_pretrained_mllm_eval.json"
+    file.write_text(json.dumps({"s": {**QUESTION, **change}}))
+    with pytest.raises(ValueError, match=f"Spatial_1_pretrained_mllm_eval.json, {message}"):
+        load_m3_bench(bench)
+
+
 def test_bad_folders_and_items(bench, tmp_path):
     with pytest.raises(ValueError, match=r"tasks: chess not found in .*known are general_visual"):
         load_m3_bench(bench, ["chess"])
