@@ -105,6 +105,23 @@ def test_targets_and_extras_exist(page, words):
         assert set(named) <= set(metadata("mir-lightning").get_all("Provides-Extra"))
 
 
+def test_the_sweep_runs_what_composes(recipe, capsys):
+    """Every value of W&B's sweep, written as its agent writes arguments."""
+    (sweep,) = map(
+        yaml.safe_load, re.findall(r"```yaml\n(method.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.S)
+    )
+    assert sweep["command"][-1] == "${args}"
+    for name, options in sweep["parameters"].items():
+        for value in options["values"]:
+            config = _config(recipe, capsys, [*sweep["command"][2:-1], f"--{name}={value}"])
+            for key in name.split("."):
+                config = config[key]
+            if name != "model.stages":
+                assert config == value
+            else:
+                assert config[0]["train"][0]["lr"] == yaml.safe_load(value)[0]["train"][0]["lr"]
+
+
 def test_a_batch_that_does_not_divide_is_told_what_would():
     devices = SimpleNamespace(world_size=32)
     with pytest.raises(

@@ -83,6 +83,7 @@ def overview_figure(points: Sequence[Mapping[str, float]], result: MIRResult, st
         elif name == "gain":
             axes.axhline(0, color="grey", linewidth=0.8)
     _draw_gaps(gaps, result.mean_gap, result.cov_gap)
+    gaps.margins(y=0.4)  # room for the legend
     _dress(gaps, "x", title=f"By what? Layers at step {step}", ylabel="distance")
     ratio.plot(range(1, len(result.norm_ratio) + 1), result.norm_ratio, color="black", linewidth=1.4)
     ratio.axhline(1, color="grey", linewidth=0.8)

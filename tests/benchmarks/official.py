@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.official [--samples 60] [--length 256]
 
-Also torchmetrics' FID arithmetic on the moments our metric ends with. All on the packaged model, one process:
+Also torchmetrics' FID arithmetic on the moments our metric ends with, what the default mode comes to in exact
+arithmetic (docs/published_numbers.md), and how far rounding moves it. All on the packaged model, one process:
 distance, time and memory by way, then where the gap is, layer by layer.
 """
 
@@ -75,6 +76,16 @@ def _ours(scale, *moments):
     return frechet_distance(*moments) * scale**2
 
 
+def _closed_form(breakdown):
+    """The default mode without its cross term, which is next to nothing: means and spreads alone."""
+    return sum((layer.mean_gap + layer.total_variance.sum()).item() for layer in breakdown)
+
+
+def _permuted(vision, text, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return (tokens[torch.randperm(len(tokens), generator=generator)] for tokens in (vision, text))
+
+
 def _timed(ways, layers):
     for name, way in ways.items():
         start = time.perf_counter()
@@ -106,6 +117,14 @@ def main():
     print(f"{'':<30}{'MIR':>8}{'sum FD':>10}{'s a layer':>11}")
     for name, seconds, total in _timed(ways, len(tokens)):
         print(f"{name:<30}{np.log10(total):>8.4f}{total:>10.4f}{seconds:>11.3f}")
+    replacing = ModalityIntegrationRate(len(tokens), tokens[0][0].shape[1], variant="official")
+    for layer, (vision, text) in enumerate(tokens):
+        replacing.update(vision, text, layer=layer)
+    for name, layers in (("paper", breakdown), ("official", replacing.compute_breakdown())):
+        print(f"mean gap and both spreads, from the result of {name!r}: MIR {np.log10(_closed_form(layers)):.4f}")
+    for seed in range(3):
+        total = sum(float(fast(*_permuted(*layer, seed))) for layer in tokens)
+        print(f"script, fast, the same tokens in another order: MIR {np.log10(total):.4f}")
     print(f"adding a layer's tokens to our metric takes {adding:.3f} s")
     held = sum(t.nbytes for name in metric._defaults for t in getattr(metric, name))
     script = sum(t.nbytes for layer in tokens for t in layer)
