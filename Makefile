@@ -47,6 +47,8 @@ bench: $(INSTALLED)  ## time and memory, as ratios in one run
 	$(BIN)/python -m tests.benchmarks.choices
 	$(BIN)/python -m tests.benchmarks.moca
 	$(BIN)/python -m tests.benchmarks.interval
+	$(BIN)/python -m tests.benchmarks.default_mode
+	$(BIN)/python -m tests.benchmarks.masking
 
 docs: $(INSTALLED)  ## the documentation site, in site/
 	$(BIN)/mkdocs build --strict

@@ -107,9 +107,8 @@ def test_targets_and_extras_exist(page, words):
 
 def test_the_sweep_runs_what_composes(recipe, capsys):
     """Every value of W&B's sweep, written as its agent writes arguments."""
-    (sweep,) = map(
-        yaml.safe_load, re.findall(r"```yaml\n(method.*?)```", (ROOT / "docs/sweeps.md").read_text(), re.S)
-    )
+    page = (ROOT / "docs/sweeps.md").read_text()
+    (sweep,) = map(yaml.safe_load, re.findall(r"```yaml\n(method.*?)```", page, re.DOTALL))
     assert sweep["command"][-1] == "${args}"
     for name, options in sweep["parameters"].items():
         for value in options["values"]:

@@ -23,10 +23,8 @@ def draw(seed, decades, loudness):
         rotation = np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))[0]
         tokens = (rng.standard_normal((TOKENS, WIDTH)) * spectrum) @ rotation + mean * rng.standard_normal(WIDTH)
         clouds.append(tokens / np.linalg.norm(tokens, axis=1).mean())
-    return (
-        torch.tensor(cloud * scale, dtype=torch.float32)
-        for cloud, scale in zip(clouds, (loudness, 1), strict=True)
-    )
+    clouds[0] *= loudness
+    return (torch.tensor(cloud, dtype=torch.float32) for cloud in clouds)
 
 
 def main():
