@@ -30,12 +30,12 @@ from mir_lightning.functional.mir import (
 )
 from mir_lightning.metrics.moments import (
     Moments,
-    all_reduce_moments,
     mean_and_covariance,
     merge_moments,
     moments_of,
     no_moments,
     packed_size,
+    reduce_moments,
     update_moments,
 )
 
@@ -74,6 +74,7 @@ class Cloud:
 
     width: int
     accumulator: torch.dtype  # of the covariances
+    home: torch.device  # where it is while there are no tokens
     rows: list[Tensor]  # held tokens, [n, d] each
     norms: list[Tensor]  # of the tokens that are not held, float64 [n] each
     classes: list[Tensor]  # of the same tokens, uint8 [n] each
@@ -81,9 +82,10 @@ class Cloud:
 
     STATES = ("rows", "norms", "classes", "moments")
 
-    def device(self, default: str | torch.device = "cpu") -> str | torch.device:
+    def device(self, default: torch.device | None = None) -> torch.device:
         """Where the tokens were, or the ``default`` without any."""
-        return next((t.device for state in (self.rows, self.norms, self.moments) for t in state), default)
+        states = (self.rows, self.norms, self.moments)
+        return next((t.device for state in states for t in state), default or self.home)
 
     def held(self) -> Tensor:
         """All held tokens, ``[n, d]``."""
@@ -214,8 +216,8 @@ class Cloud:
         self._keep([_union(*pair) for pair in zip(other._parts(), self._parts(), strict=True)])
         self.moments[:] = [tensor.clone() for tensor in self.moments]
 
-    def sync(self, gather: Gather, group: Any) -> None:
-        """Merge across ranks: norms are gathered, moments summed.
+    def sync(self, gather: Gather, group: Any, owner: int | None) -> None:
+        """Merge across ranks: every rank gets all norms, and the ``owner`` (each rank when None) all moments.
 
         The norms of all ranks decide the classes of the held tokens, so each rank adds its own to the moments.
         """
@@ -232,7 +234,7 @@ class Cloud:
             for part in _PARTS:
                 if (classes == part).any():
                     own = parts[part] or no_moments(self.width, self.accumulator, seen.device)
-                    parts[part] = all_reduce_moments(self._with(own, rows[row_classes == part]), group)
+                    parts[part] = reduce_moments(self._with(own, rows[row_classes == part]), group, owner)
         self.norms[:], self.classes[:] = [seen], [classes]
         self.rows.clear()
         self._keep(parts)

@@ -5,6 +5,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -27,7 +28,7 @@ from mir_lightning.functional.mir import (
     rule_of,
 )
 from mir_lightning.metrics.base import PreciseMetric
-from mir_lightning.metrics.cloud import AccumulatedOutlierError, Cloud, Gather
+from mir_lightning.metrics.cloud import AccumulatedOutlierError, Cloud, Gather, Judged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["AccumulatedOutlierError", "ModalityIntegrationRate"]
 
 _MODALITIES = ("vision", "text")
+_OF_BOTH = ("effective_rank", "total_variance", "tokens", "outliers", "massive")
+_SIZES = [2 if name in _OF_BOTH else 1 for name in LayerDistance._fields]  # of a row that travels
 
 
 class ModalityIntegrationRate(PreciseMetric):
@@ -54,6 +57,8 @@ class ModalityIntegrationRate(PreciseMetric):
     The official variants need the coordinate-wise median of all tokens, so they keep every token.
 
     States live on the device of the tokens, each layer on its own; with ``compute_on_cpu=True`` all on the CPU.
+    On several ranks each finalises its own layers, k mod R = rank: there the moments of a layer arrive, and the
+    others get its numbers.
     They keep their precision whatever ``.to`` or a Trainer's precision plugin casts around them.
 
     Args:
@@ -110,6 +115,7 @@ class ModalityIntegrationRate(PreciseMetric):
         self.accumulator = accumulator
         self.rank_order = rank_order
         self._distances: list[LayerDistance] | None = None
+        self._everywhere = False  # whether a sync gives every rank the moments of all layers
         self._final_rules: list[list[OutlierRules]] | None = None
         self._keeps_tokens = variant.startswith("official")
         # Fewer where tokens are kept: a MetricCollection lets metrics of the same states share them.
@@ -121,7 +127,12 @@ class ModalityIntegrationRate(PreciseMetric):
         """Vision and text tokens of a layer: their states in this metric, or in a copy of them."""
         found = vars(self) if states is None else states
         return [
-            Cloud(self.hidden_size, self.accumulator, *(found.get(f"{m}_{layer}_{s}", []) for s in Cloud.STATES))
+            Cloud(
+                self.hidden_size,
+                self.accumulator,
+                self.device,
+                *(found.get(f"{m}_{layer}_{s}", []) for s in Cloud.STATES),
+            )
             for m in _MODALITIES
         ]
 
@@ -187,7 +198,9 @@ class ModalityIntegrationRate(PreciseMetric):
             ValueError: with fewer than two tokens of a modality in a layer.
             AccumulatedOutlierError: see :meth:`start_second_pass`.
         """
-        self._distances = [self._layer_distance(layer) for layer in range(self.num_layers)]
+        layers = range(self.num_layers)
+        shared = self._is_synced and not self._everywhere
+        self._distances = self._shared_distances() if shared else [self._layer_distance(k) for k in layers]
         return torch.stack([d.distance.cpu() for d in self._distances]).sum().log10()
 
     def compute_robust(self) -> Tensor:
@@ -213,23 +226,54 @@ class ModalityIntegrationRate(PreciseMetric):
         if self._keeps_tokens:
             raise ValueError(f'variant {self.variant!r} has no influence function: use "paper" or "robust".')
         rule, influences = rule_of(self.variant), []
-        with self.sync_context(should_sync=self._to_sync):
-            for layer in range(self.num_layers):
-                clouds = self._clouds(layer)
-                judged = [
-                    cloud.judged(modality, layer) for cloud, modality in zip(clouds, _MODALITIES, strict=True)
-                ]
-                vision, text = (c.gaussian(tokens, rule) for c, tokens in zip(clouds, judged, strict=True))
-                norms = judged[0].norms, judged[1].norms
-                influences.append(LayerInfluence((vision, text), norms, rule, layer))
+        self._everywhere = True
+        try:
+            with self.sync_context(should_sync=self._to_sync):
+                for layer in range(self.num_layers):
+                    clouds, judged = self._clouds(layer), self._judged(layer)
+                    vision, text = (c.gaussian(tokens, rule) for c, tokens in zip(clouds, judged, strict=True))
+                    norms = judged[0].norms, judged[1].norms
+                    influences.append(LayerInfluence((vision, text), norms, rule, layer))
+        finally:
+            self._everywhere = False
         return influences
+
+    def _owner(self, layer: int) -> int:
+        """Rank of the group that finalises a layer."""
+        return layer % dist.get_world_size(self.process_group)
+
+    def _shared_distances(self) -> list[LayerDistance]:
+        """Each layer by its owner, then all of them on every rank; so is an error."""
+        rank = dist.get_rank(self.process_group)
+        if not self._keeps_tokens:  # what norms tell, every rank says in the same words
+            for layer in range(self.num_layers):
+                self._judged(layer)
+        rows, error = torch.zeros(self.num_layers, sum(_SIZES) + 1, dtype=torch.float64, device=self.device), None
+        for layer in (k for k in range(self.num_layers) if self._owner(k) == rank):
+            try:
+                found = self._layer_distance(layer)
+                rows[layer, :-1] = torch.cat([value.double().flatten().to(rows.device) for value in found])
+            except Exception as failure:
+                error, rows[layer, -1] = failure, 1
+        dist.all_reduce(rows, group=self.process_group)  # of zeros but for one rank
+        if error is not None:
+            raise error
+        for layer in rows[:, -1].nonzero()[:1, 0].tolist():
+            raise RuntimeError(
+                f"layer {layer} failed on rank {self._owner(layer)}, which finalises it: see there."
+            )
+        split = (row.split(_SIZES) for row in rows[:, :-1])
+        return [LayerDistance(*(value.squeeze() for value in values)) for values in split]
+
+    def _judged(self, layer: int) -> list[Judged]:
+        return [c.judged(modality, layer) for c, modality in zip(self._clouds(layer), _MODALITIES, strict=True)]
 
     def _layer_distance(self, layer: int) -> LayerDistance:
         clouds = self._clouds(layer)
         if self._keeps_tokens:
             vision, text = (cloud.held() for cloud in clouds)
             return official_layer_distance(vision, text, self.variant, layer, self.rank_order)
-        judged = [cloud.judged(modality, layer) for cloud, modality in zip(clouds, _MODALITIES, strict=True)]
+        judged = self._judged(layer)
         own = rule_of(self.variant)
         outliers, massive = ([tokens.excluded(rule) for tokens in judged] for rule in (own, "robust"))
         for modality, tokens, excluded in zip(_MODALITIES, judged, outliers, strict=True):
@@ -295,7 +339,7 @@ class ModalityIntegrationRate(PreciseMetric):
         self._computed = None
 
     def _sync_dist(self, dist_sync_fn: Gather | None = None, process_group: Any | None = None) -> None:
-        """Merge across ranks; raw tokens travel only for official variants."""
+        """Merge across ranks, moments of a layer on its owner; raw tokens travel only for official variants."""
         assert dist_sync_fn is not None
         group = process_group or self.process_group
         for layer in range(self.num_layers):
@@ -304,7 +348,7 @@ class ModalityIntegrationRate(PreciseMetric):
                     gathered = dist_sync_fn(cloud.held().double(), group=group)
                     cloud.rows[:] = [rows for rows in gathered if len(rows)]
                 else:
-                    cloud.sync(dist_sync_fn, group)
+                    cloud.sync(dist_sync_fn, group, None if self._everywhere else self._owner(layer))
 
     def _draw(self, ax: "Axes") -> None:
         layers = self.compute_breakdown()
