@@ -44,7 +44,8 @@ Gather = Callable[..., list[Tensor]]
 _PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated, each apart
 _SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
 _USUAL = 1.5 / 3  # of a margin: what is accumulated while there is room to hold the others and learn more
-_LEAST_ROOM = 2**20  # bytes of raw tokens kept before judging any: enough for steady statistics
+_PRESSED = 0.75  # of what is held without being sure stays so when room is short
+_LEAST_ROOM = 2**22  # bytes of raw tokens kept before judging any: steady statistics, room for the unsure
 
 
 class AccumulatedOutlierError(ValueError):
@@ -134,7 +135,7 @@ class Cloud:
             sure = (offsets <= _SURE * margin) | ((offsets > 2 * rules.robust) & (offsets <= _SURE * rules.paper))
             if pressed and (kept := classes != NEITHER).any():
                 leeway = torch.minimum((offsets / rules.robust - 1).abs(), (offsets / rules.paper - 1).abs())
-                sure |= kept & (leeway >= leeway[kept].median())
+                sure |= kept & (leeway >= leeway[kept].quantile(_PRESSED))
             for part, moments in enumerate(self._parts()):
                 if moments is None and rows[sure & (classes == part)].nbytes < room:
                     sure &= classes != part  # holding them takes less than moments of their own

@@ -1,6 +1,7 @@
 """Modality Integration Rate as a streaming torchmetrics Metric, merged exactly across ranks."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["AccumulatedOutlierError", "ModalityIntegrationRate"]
 
 _MODALITIES = ("vision", "text")
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_BOTH = ("effective_rank", "total_variance", "tokens", "outliers", "massive")
 _SIZES = [2 if name in _OF_BOTH else 1 for name in LayerDistance._fields]  # of a row that travels
 
@@ -345,10 +347,18 @@ class ModalityIntegrationRate(PreciseMetric):
         for layer in range(self.num_layers):
             for cloud in self._clouds(layer):
                 if self._keeps_tokens:
-                    gathered = dist_sync_fn(cloud.held().double(), group=group)
+                    gathered = dist_sync_fn(
+                        cloud.held().to(self._dtype_on_ranks(cloud, dist_sync_fn, group)), group=group
+                    )
                     cloud.rows[:] = [rows for rows in gathered if len(rows)]
                 else:
                     cloud.sync(dist_sync_fn, group, None if self._everywhere else self._owner(layer))
+
+    @staticmethod
+    def _dtype_on_ranks(cloud: Cloud, gather: Gather, group: Any) -> torch.dtype:
+        """What holds the tokens of all ranks, some of which may have none, exactly."""
+        own = torch.tensor([_FLOATING.index(rows.dtype) for rows in cloud.rows[:1]] or [0], device=cloud.device())
+        return reduce(torch.promote_types, (_FLOATING[code] for code in torch.cat(gather(own, group=group))))
 
     def _draw(self, ax: "Axes") -> None:
         layers = self.compute_breakdown()
