@@ -1,5 +1,6 @@
 """Run a function in several gloo processes."""
 
+import multiprocessing
 import socket
 import tempfile
 from datetime import timedelta
@@ -8,6 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Imported once a test process: the ranks are forked from a server that has them.
+multiprocessing.set_forkserver_preload(
+    ["lightning.pytorch", "transformers", "peft", "mir_lightning", "tests.models"]
+)
 
 
 def _rank_main(rank, function, world, port, folder, arguments):
@@ -39,5 +45,6 @@ def _spawn(function, world, arguments):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank_main, (function, world, port, folder, arguments), nprocs=world)
+        arguments = (function, world, port, folder, arguments)
+        mp.start_processes(_rank_main, arguments, nprocs=world, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]

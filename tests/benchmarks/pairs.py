@@ -14,6 +14,7 @@ import numpy as np
 from mir_lightning import Probe, evaluate_mir
 from mir_lightning.llava.data.batches import ConversationCollator
 from mir_lightning.llava.data.prompts import ChatPrompt
+from mir_lightning.llava.demo import weights  # noqa: F401  registers the packaged model's vision encoder
 from mir_lightning.llava.demo.shapes import ShapesDataset
 from mir_lightning.llava.model import saving
 
