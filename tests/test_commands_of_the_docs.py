@@ -109,10 +109,13 @@ def test_the_sweep_runs_what_composes(recipe, capsys):
     """Every value of W&B's sweep, written as its agent writes arguments."""
     page = (ROOT / "docs/sweeps.md").read_text()
     (sweep,) = map(yaml.safe_load, re.findall(r"```yaml\n(method.*?)```", page, re.DOTALL))
-    assert sweep["command"][-1] == "${args}"
+    shell, flag, line, name, arguments = sweep["command"]
+    assert (shell, flag, name, arguments) == ("sh", "-c", "sh", "${args}")
+    words = shlex.split(line)
+    assert (words[:2], words[-1]) == (["mir-lightning", "pretrain"], "$@")
     for name, options in sweep["parameters"].items():
         for value in options["values"]:
-            config = _config(recipe, capsys, [*sweep["command"][2:-1], f"--{name}={value}"])
+            config = _config(recipe, capsys, [*words[2:-1], f"--{name}={value}"])
             for key in name.split("."):
                 config = config[key]
             if name != "model.stages":

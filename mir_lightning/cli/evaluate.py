@@ -19,6 +19,7 @@ from mir_lightning.callbacks import figures
 from mir_lightning.cli.models import load_model, load_processor
 from mir_lightning.cli.options import (
     AUTO_BATCH_SIZE,
+    PRESET_VARIANT,
     EvaluationOptions,
     ProbeOptions,
     at_least_one,
@@ -114,7 +115,8 @@ def evaluate_source(
         if gain and not any("labels" in batch for batch in probe):
             raise ValueError(f"--gain needs labels, which --probe {options.probe} lacks: give pictures and texts.")
         text: Any = notes.get("text", options.text)
-        options = replace(options, text=text)
+        variant = PRESET_VARIANT if "preset" in notes and "variant" not in options.given else options.variant
+        options = replace(options, text=text, variant=variant)
         origin, prompt = notes.get("source", probe.fingerprint), "as saved"
         found = _evaluate(load_model(source, options), probe, options, gain)
     else:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 AUTO_BATCH_SIZE = 8  # at most
+PRESET_VARIANT: Variant = "official-fast"  # what the released script computes by default
 # What is read, and what of it where that is a folder.
-_READ = dict.fromkeys(("model", "processor", "sources", "score", "data", "texts", "probe"), "*")
-_READ |= {"images": "**/*", "image_folder": "**/*", "items": "**/*", "runs": "**/*.[cj]s*"}
+_READ = dict.fromkeys(("model", "processor", "sources", "score", "data", "probe"), "*")
+_READ |= {"images": "**/*", "texts": "**/*", "image_folder": "**/*", "items": "**/*", "runs": "**/*.[cj]s*"}
 _WRITTEN = ("output", "json", "csv", "plot", "worst_plot", "html")
 
 
@@ -164,8 +165,12 @@ class ProbeOptions(Command):
     def __post_init__(self) -> None:
         """A ``ValueError`` if ``prompt`` is no format of a pair, or the preset is asked for something else."""
         super().__post_init__()
-        if self.preset and (other := flags({"prompt", "text", "data"} & self.given)):
+        if self.preset and (other := flags({"prompt", "text"} & self.given)):
             raise ValueError(f"--preset {self.preset} says what {other} would: give one of them.")
+        if self.preset and self.data is not None:
+            raise ValueError(
+                f"--preset {self.preset} puts texts behind pictures: --images and --texts, not --data."
+            )
         if self.preset:
             self.prompt = PAPER_PROMPT
         check_prompt(self.prompt)
@@ -218,7 +223,7 @@ class EvaluationOptions(ProbeOptions, ModelOptions):
         """A ``ValueError`` if the variant has no interval."""
         super().__post_init__()
         if self.preset and "variant" not in self.given:
-            self.variant = "official-fast"
+            self.variant = PRESET_VARIANT
         if self.interval and self.variant not in get_args(Rule):
             raise ValueError(f"--variant {self.variant} has no interval, as it replaces tokens: paper, robust do.")
 

@@ -34,7 +34,8 @@ class Probe(ProbeOptions):
             config = AutoConfig.from_pretrained(place)
         size = self.batch_size or AUTO_BATCH_SIZE
         probe = PairProbe(processor, config, pairs, size, self.prompt, self.text)
-        probe.save(self.output, source=source_of(pairs), model=self.model, text=self.text)
+        preset = {} if self.preset is None else {"preset": self.preset}
+        probe.save(self.output, source=source_of(pairs), model=self.model, text=self.text, **preset)
         print(f"{self.output}: {len(pairs)} pairs in {len(probe)} batches, fingerprint {probe.fingerprint}")
 
 

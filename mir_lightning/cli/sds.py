@@ -52,6 +52,8 @@ class SDS(ModelOptions):
         print(text_table(columns, rows))
 
     def _items(self) -> list[ChoiceItem]:
+        if not self.items.exists():
+            raise ValueError(f"--items must be an M3-Bench folder or a .jsonl file, got {self.items}.")
         if self.items.is_dir():
             return load_m3_bench(
                 self.items, max_distractors=self.max_distractors, seed=self.seed, style=self.style

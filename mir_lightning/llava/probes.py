@@ -25,7 +25,7 @@ class ProbeFolders:
     """What to measure MIR on, instead of samples held out of the training data.
 
     Args:
-        images: folder of pictures; picture i goes with text i, as in the MIR paper.
+        images: folder of pictures, or a list of them; picture i goes with text i, as in the MIR paper.
         texts: folder of ``.txt``, ``.story`` or ``.jsonl`` files.
     """
 
@@ -76,7 +76,7 @@ def gain_probe(data: PretrainingData) -> Probe:
 
 
 def choices(data: PretrainingData) -> ChoiceProbe:
-    """Multiple-choice items, asked as the model is trained to answer."""
+    """Multiple-choice items, asked as the model is trained to answer, or in a style."""
     style = data.choice_style
     if data.choice_items is None:
         items = shapes_choices(data.shapes_choices, data.seed)

@@ -30,12 +30,12 @@ from mir_lightning.functional.mir import (
 )
 from mir_lightning.metrics.moments import (
     Moments,
+    all_reduce_moments,
     mean_and_covariance,
     merge_moments,
     moments_of,
     no_moments,
     packed_size,
-    reduce_moments,
     update_moments,
 )
 
@@ -119,8 +119,8 @@ class Cloud:
         """Accumulate the tokens with usual norms; hold the others back for the final outlier rules.
 
         Where more than ``room`` bytes are held, the sure inliers among them are released, and the surely massive,
-        far outside the robust rule and well inside the paper's; where that is not enough, also that half of the
-        others that is further from any margin. Never a token that neither rule keeps among all seen so far.
+        far outside the robust rule and well inside the paper's; where that is not enough, also that quarter of the
+        others that is furthest from any margin. Never a token that neither rule keeps among all seen so far.
         """
         rules = judge(torch.cat([self.seen_norms(), norms]))
         margin = torch.minimum(rules.paper, rules.robust)
@@ -217,8 +217,8 @@ class Cloud:
         self._keep([_union(*pair) for pair in zip(other._parts(), self._parts(), strict=True)])
         self.moments[:] = [tensor.clone() for tensor in self.moments]
 
-    def sync(self, gather: Gather, group: Any, owner: int | None) -> None:
-        """Merge across ranks: every rank gets all norms, and the ``owner`` (each rank when None) all moments.
+    def sync(self, gather: Gather, group: Any) -> None:
+        """Merge across ranks: norms are gathered, moments summed.
 
         The norms of all ranks decide the classes of the held tokens, so each rank adds its own to the moments.
         """
@@ -235,7 +235,7 @@ class Cloud:
             for part in _PARTS:
                 if (classes == part).any():
                     own = parts[part] or no_moments(self.width, self.accumulator, seen.device)
-                    parts[part] = reduce_moments(self._with(own, rows[row_classes == part]), group, owner)
+                    parts[part] = all_reduce_moments(self._with(own, rows[row_classes == part]), group)
         self.norms[:], self.classes[:] = [seen], [classes]
         self.rows.clear()
         self._keep(parts)

@@ -1,7 +1,7 @@
 """Modality Integration Rate as a streaming torchmetrics Metric, merged exactly across ranks."""
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from contextlib import suppress
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["AccumulatedOutlierError", "ModalityIntegrationRate"]
 
 _MODALITIES = ("vision", "text")
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_BOTH = ("effective_rank", "total_variance", "tokens", "outliers", "massive")
 _SIZES = [2 if name in _OF_BOTH else 1 for name in LayerDistance._fields]  # of a row that travels
 
@@ -59,8 +58,7 @@ class ModalityIntegrationRate(PreciseMetric):
     The official variants need the coordinate-wise median of all tokens, so they keep every token.
 
     States live on the device of the tokens, each layer on its own; with ``compute_on_cpu=True`` all on the CPU.
-    On several ranks each finalises its own layers, k mod R = rank: there the moments of a layer arrive, and the
-    others get its numbers.
+    On several ranks each finalises its share of the layers, and the others get its numbers.
     They keep their precision whatever ``.to`` or a Trainer's precision plugin casts around them.
 
     Args:
@@ -117,7 +115,7 @@ class ModalityIntegrationRate(PreciseMetric):
         self.accumulator = accumulator
         self.rank_order = rank_order
         self._distances: list[LayerDistance] | None = None
-        self._everywhere = False  # whether a sync gives every rank the moments of all layers
+        self._synced_group: Any = None  # the processes that the states are synced over
         self._final_rules: list[list[OutlierRules]] | None = None
         self._keeps_tokens = variant.startswith("official")
         # Fewer where tokens are kept: a MetricCollection lets metrics of the same states share them.
@@ -128,15 +126,9 @@ class ModalityIntegrationRate(PreciseMetric):
     def _clouds(self, layer: int, states: Mapping[str, Any] | None = None) -> list[Cloud]:
         """Vision and text tokens of a layer: their states in this metric, or in a copy of them."""
         found = vars(self) if states is None else states
-        return [
-            Cloud(
-                self.hidden_size,
-                self.accumulator,
-                self.device,
-                *(found.get(f"{m}_{layer}_{s}", []) for s in Cloud.STATES),
-            )
-            for m in _MODALITIES
-        ]
+        home = torch.device("cpu") if self.compute_on_cpu else self.device
+        of_both = ([found.get(f"{m}_{layer}_{s}", []) for s in Cloud.STATES] for m in _MODALITIES)
+        return [Cloud(self.hidden_size, self.accumulator, home, *states_of_one) for states_of_one in of_both]
 
     @torch.compiler.disable
     def update(
@@ -200,9 +192,10 @@ class ModalityIntegrationRate(PreciseMetric):
             ValueError: with fewer than two tokens of a modality in a layer.
             AccumulatedOutlierError: see :meth:`start_second_pass`.
         """
-        layers = range(self.num_layers)
-        shared = self._is_synced and not self._everywhere
-        self._distances = self._shared_distances() if shared else [self._layer_distance(k) for k in layers]
+        if self._is_synced and dist.is_initialized():
+            self._distances = self._shared_distances()
+        else:
+            self._distances = [self._layer_distance(layer) for layer in range(self.num_layers)]
         return torch.stack([d.distance.cpu() for d in self._distances]).sum().log10()
 
     def compute_robust(self) -> Tensor:
@@ -228,44 +221,31 @@ class ModalityIntegrationRate(PreciseMetric):
         if self._keeps_tokens:
             raise ValueError(f'variant {self.variant!r} has no influence function: use "paper" or "robust".')
         rule, influences = rule_of(self.variant), []
-        self._everywhere = True
-        try:
-            with self.sync_context(should_sync=self._to_sync):
-                for layer in range(self.num_layers):
-                    clouds, judged = self._clouds(layer), self._judged(layer)
-                    vision, text = (c.gaussian(tokens, rule) for c, tokens in zip(clouds, judged, strict=True))
-                    norms = judged[0].norms, judged[1].norms
-                    influences.append(LayerInfluence((vision, text), norms, rule, layer))
-        finally:
-            self._everywhere = False
+        with self.sync_context(should_sync=self._to_sync):
+            for layer in range(self.num_layers):
+                clouds, judged = self._clouds(layer), self._judged(layer)
+                vision, text = (c.gaussian(tokens, rule) for c, tokens in zip(clouds, judged, strict=True))
+                norms = judged[0].norms, judged[1].norms
+                influences.append(LayerInfluence((vision, text), norms, rule, layer))
         return influences
 
-    def _owner(self, layer: int) -> int:
-        """Rank of the group that finalises a layer."""
-        return layer % dist.get_world_size(self.process_group)
-
     def _shared_distances(self) -> list[LayerDistance]:
-        """Each layer by its owner, then all of them on every rank; so is an error."""
-        rank = dist.get_rank(self.process_group)
-        if not self._keeps_tokens:  # what norms tell, every rank says in the same words
-            for layer in range(self.num_layers):
-                self._judged(layer)
-        rows, error = torch.zeros(self.num_layers, sum(_SIZES) + 1, dtype=torch.float64, device=self.device), None
-        for layer in (k for k in range(self.num_layers) if self._owner(k) == rank):
-            try:
+        """Of synced states: layer k is finalised by rank k mod R, and by every rank where that one cannot."""
+        group, width = self._synced_group, sum(_SIZES)
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        rows = torch.zeros(self.num_layers, width + 1, dtype=torch.float64, device=self._clouds(0)[0].device())
+        for layer in range(rank, self.num_layers, ranks):
+            with suppress(Exception):  # seen again below
                 found = self._layer_distance(layer)
-                rows[layer, :-1] = torch.cat([value.double().flatten().to(rows.device) for value in found])
-            except Exception as failure:
-                error, rows[layer, -1] = failure, 1
-        dist.all_reduce(rows, group=self.process_group)  # of zeros but for one rank
-        if error is not None:
-            raise error
-        for layer in rows[:, -1].nonzero()[:1, 0].tolist():
-            raise RuntimeError(
-                f"layer {layer} failed on rank {self._owner(layer)}, which finalises it: see there."
-            )
-        split = (row.split(_SIZES) for row in rows[:, :-1])
-        return [LayerDistance(*(value.squeeze() for value in values)) for values in split]
+                rows[layer, 1:] = torch.cat([value.double().flatten().to(rows.device) for value in found])
+                rows[layer, 0] = 1
+        dist.all_reduce(rows, group=group)  # zeros, but for those of one rank
+        return [
+            LayerDistance(*(value.squeeze() for value in row[1:].split(_SIZES)))
+            if row[0] == 1
+            else self._layer_distance(layer)
+            for layer, row in enumerate(rows)
+        ]
 
     def _judged(self, layer: int) -> list[Judged]:
         return [c.judged(modality, layer) for c, modality in zip(self._clouds(layer), _MODALITIES, strict=True)]
@@ -341,24 +321,16 @@ class ModalityIntegrationRate(PreciseMetric):
         self._computed = None
 
     def _sync_dist(self, dist_sync_fn: Gather | None = None, process_group: Any | None = None) -> None:
-        """Merge across ranks, moments of a layer on its owner; raw tokens travel only for official variants."""
+        """Merge across ranks; raw tokens travel only for official variants."""
         assert dist_sync_fn is not None
-        group = process_group or self.process_group
+        self._synced_group = group = process_group or self.process_group
         for layer in range(self.num_layers):
             for cloud in self._clouds(layer):
                 if self._keeps_tokens:
-                    gathered = dist_sync_fn(
-                        cloud.held().to(self._dtype_on_ranks(cloud, dist_sync_fn, group)), group=group
-                    )
+                    gathered = dist_sync_fn(cloud.held().double(), group=group)
                     cloud.rows[:] = [rows for rows in gathered if len(rows)]
                 else:
-                    cloud.sync(dist_sync_fn, group, None if self._everywhere else self._owner(layer))
-
-    @staticmethod
-    def _dtype_on_ranks(cloud: Cloud, gather: Gather, group: Any) -> torch.dtype:
-        """What holds the tokens of all ranks, some of which may have none, exactly."""
-        own = torch.tensor([_FLOATING.index(rows.dtype) for rows in cloud.rows[:1]] or [0], device=cloud.device())
-        return reduce(torch.promote_types, (_FLOATING[code] for code in torch.cat(gather(own, group=group))))
+                    cloud.sync(dist_sync_fn, group)
 
     def _draw(self, ax: "Axes") -> None:
         layers = self.compute_breakdown()

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 _BLOCK = 192
 
@@ -98,35 +97,18 @@ def mean_and_covariance(moments: Moments) -> tuple[Tensor, Tensor]:
     return moments.mean.clone(), cov.div_(moments.total - 1)
 
 
-def reduce_moments(moments: Moments, group: ProcessGroup | None, owner: int | None) -> Moments | None:
+def all_reduce_moments(moments: Moments, group: torch.distributed.ProcessGroup | None) -> Moments:
     """Moments of all ranks' tokens; a rank without tokens gives :func:`no_moments`.
 
-    Each rank re-centres its own on the common mean. They travel to the owner, one at a time, and add up in the
-    order of the ranks: the result does not depend on who the owner is, and nothing of size ``ranks * d²`` exists.
-
-    Args:
-        moments: this rank's.
-        group: of processes; the default one when None.
-        owner: rank of the group that gets them, and the others ``None``; with ``None`` every rank does.
+    Each rank re-centres its own on the common mean, then they add up: nothing of size ``ranks * d²`` exists.
     """
-    rank, ranks, first = dist.get_rank(group), dist.get_world_size(group), owner or 0
-    own = torch.cat([moments.total[None], moments.total * moments.mean])
-    sums = [torch.empty_like(own) for _ in range(ranks)]
-    dist.all_gather(sums, own, group=group)
-    whole = torch.stack(sums).cumsum(dim=0)[-1]
-    head = torch.cat([whole[:1], whole[1:] / whole[0]])
-    part = moments.second.clone()
-    _add_outer(part, ((moments.mean - head[1:]) * moments.total.sqrt())[None])
-    second = torch.zeros_like(part)
-    for sender in range(ranks) if rank == first else ():
-        if sender != rank:
-            dist.recv(received := torch.empty_like(part), group=group, group_src=sender)
-        second += part if sender == rank else received
-    if rank != first:
-        dist.send(part, group=group, group_dst=first)
-    if owner is None:
-        dist.broadcast(second, group=group, group_src=first)
-    return Moments(head, second) if owner in (None, rank) else None
+    sums = torch.cat([moments.total[None], moments.total * moments.mean])
+    torch.distributed.all_reduce(sums, group=group)
+    head = torch.cat([sums[:1], sums[1:] / sums[0]])
+    second = moments.second.clone()
+    _add_outer(second, ((moments.mean - head[1:]) * moments.total.sqrt())[None])
+    torch.distributed.all_reduce(second, group=group)
+    return Moments(head, second)
 
 
 def _add_outer(second: Tensor, centred: Tensor) -> None:

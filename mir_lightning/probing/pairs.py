@@ -67,8 +67,9 @@ def read_pairs(
 
 
 def _files(folder: Path, suffixes: set[str], name: str) -> list[Path]:
+    """What lies in a folder and below it, but for what is hidden."""
     if not folder.is_dir():
-        raise ValueError(f"{name} must be a folder, got {folder}.")
+        raise ValueError(f"{name} must be a folder, or a file that lists or holds them, got {folder}.")
     found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
@@ -94,7 +95,8 @@ def _listed(file: Path, folder: Path | None) -> list[Path]:
 
 def _named(place: str, value: Any) -> str:
     if isinstance(value, dict):
-        value = value.get("image") or (f"{value['image_id']}.jpg" if "image_id" in value else None)
+        number = value.get("image_id")  # TextVQA's pictures are .jpg
+        value = value.get("image", f"{number}.jpg" if isinstance(number, (str, int)) else None)
     if not isinstance(value, str) or "\0" in value:
         raise ValueError(f'{place} must be a path, or an object with an "image" or "image_id", got {value!r:.60}.')
     return value
@@ -222,7 +224,12 @@ class PairProbe(Probe):
 
     def _prompts(self, pairs: Sequence[Pair]) -> list[str]:
         token = getattr(self.processor, "image_token", None)
-        prompt = str(self.prompt).replace("{eos}", self.processor.tokenizer.eos_token or "")
+        prompt, eos = str(self.prompt), self.processor.tokenizer.eos_token
+        if "{eos}" in prompt and not eos:
+            raise ValueError(
+                f"prompt (--prompt, --preset): {{eos}} in {prompt!r}, and the tokenizer has no eos_token."
+            )
+        prompt = prompt.replace("{eos}", eos or "")
         if token is None:
             raise ValueError(f"{type(self.processor).__name__} has no chat template and no image_token to use.")
         pictures = [str(token) * len(pair.images) for pair in pairs]

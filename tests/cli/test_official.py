@@ -90,6 +90,13 @@ def test_the_preset_computes_what_the_script_computes_by_default(run, shared, tm
     assert ours["mir"] > np.log10(sum(exact))
     refused = run("eval", shared.root / "model", "--preset", "mir-paper", "--prompt", "{image}{text}")
     assert (refused.status, "--preset mir-paper says what --prompt would" in refused.err) == (1, True)
+    saved = tmp_path / "probe.safetensors"
+    assert run("probe", shared.root / "model", "--preset", "mir-paper", "-o", saved).status == 0
+    run("eval", shared.root / "model", "--probe", saved, "--json", tmp_path / "again.json", pairs=False)
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert [again[key] for key in ("mir", "variant")] == [ours[key] for key in ("mir", "variant")]
+    conversations = run("eval", "m", "--preset", "mir-paper", "--data", tmp_path / "data.json", pairs=False)
+    assert "puts texts behind pictures: --images and --texts, not --data" in conversations.err
     interval = run("eval", shared.root / "model", "--preset", "mir-paper", "--interval")
     assert "--variant official-fast has no interval" in interval.err
 

@@ -1,114 +1,74 @@
-"""Layers of a metric on several ranks: each finalised once, by its owner, to the same last bit."""
-
-from functools import reduce
+"""Layers of a metric on several ranks: each finalised by one of them, and known to all."""
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mir_lightning.functional import modality_integration_rate
 from mir_lightning.metrics import ModalityIntegrationRate
-from mir_lightning.metrics.moments import Moments, moments_of, no_moments, reduce_moments
 from tests.distributed import run_on_ranks
 from tests.streams import hostile_layers
 
 LAYERS, WIDTH = 5, 24
 
 
-def _share(rank, world):
-    """Of tokens 1,000 away from zero; the last of four ranks has none."""
-    tokens = torch.randn(700, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
-    cuts = {2: [0, 500, 700], 4: [0, 400, 401, 700, 700]}[world]
-    return (
-        moments_of(part)
-        if len(part := tokens[cuts[rank] : cuts[rank + 1]])
-        else no_moments(200, torch.float64, "cpu")
-    )
-
-
-def _reduced(rank, world):
-    found = [reduce_moments(_share(rank, world), None, owner) for owner in (None, *range(world))]
-    return [moments and tuple(moments) for moments in found]
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_moments_add_up_in_the_order_of_the_ranks_whoever_gets_them(world):
-    """Bit for bit what one process computes of the ranks' moments, one after the other."""
-    shares = [_share(rank, world) for rank in range(world)]
-    total = sum(share.total for share in shares)
-    mean = reduce(torch.add, (share.total * share.mean for share in shares)) / total
-    second = torch.zeros_like(shares[0].second)
-    for share in shares:
-        alone = Moments(torch.cat([mean.new_zeros(1), mean]), share.second.clone())
-        away = (share.mean - mean) * share.total.sqrt()
-        rows = torch.outer(away, away)
-        start = 0
-        for top in range(0, 200, 192):
-            bottom = min(top + 192, 200)
-            block = alone.second[start : start + (bottom - top) * bottom].view(-1, bottom)
-            block += rows[top:bottom, :bottom]
-            start += block.numel()
-        second += alone.second
-    for rank, (everywhere, *owned) in enumerate(run_on_ranks(_reduced, world)):
-        assert [moments is not None for moments in owned] == [owner == rank for owner in range(world)]
-        for head, found in (everywhere, owned[rank]):
-            assert torch.equal(head, torch.cat([total[None], mean]))
-            assert torch.equal(found, second)
-
-
-def _metric(rank, world):
+def _metric(rank, world, variant="paper", **options):
+    """The last of four ranks has no tokens."""
     vision, text = hostile_layers("massive", torch.float64, layers=LAYERS, n_vision=900)
-    metric = ModalityIntegrationRate(LAYERS, WIDTH)
-    for layer in range(LAYERS):
-        metric.update(vision[layer].tensor_split(world)[rank], text[layer].tensor_split(world)[rank], layer=layer)
+    metric, parts = ModalityIntegrationRate(LAYERS, WIDTH, variant, **options), min(world, 3)
+    for layer in range(LAYERS if rank < parts else 0):
+        metric.update(vision[layer].tensor_split(parts)[rank], text[layer].tensor_split(parts)[rank], layer=layer)
     return metric
 
 
-def _finalised(rank, world):
-    metric, own = _metric(rank, world), []
-    plain = metric._layer_distance
-    metric._layer_distance = lambda layer: own.append(layer) or plain(layer)
-    rows = [torch.cat([value.flatten() for value in layer]) for layer in metric.compute_breakdown()]
-    with metric.sync_context():
-        held = [bool(getattr(metric, f"vision_{layer}_moments")) for layer in range(LAYERS)]
-    metric._everywhere = True
-    metric._computed = None
-    everywhere = [torch.cat([value.flatten() for value in layer]) for layer in metric.compute_breakdown()]
-    return metric.compute().item(), own[: -LAYERS or None], held, torch.stack(rows), torch.stack(everywhere)
+def _rows(metric):
+    return torch.stack([torch.cat([v.double().flatten() for v in layer]) for layer in metric.compute_breakdown()])
+
+
+def _found(rank, world):
+    own, rows = [], {}
+    for variant in ("paper", "official"):
+        metric = _metric(rank, world, variant)
+        plain = metric._layer_distance
+        metric._layer_distance = lambda layer, plain=plain: own.append(layer) or plain(layer)
+        rows[variant] = _rows(metric)
+    alone = dist.new_group([0])  # every rank has to make it
+    metric = _metric(rank, world, sync_on_compute=False)
+    if rank == 0:
+        metric.sync(process_group=alone)
+        rows["alone"] = _rows(metric)
+        metric.unsync()
+    failing = _metric(rank, world)
+    plain = failing._layer_distance
+    failing._layer_distance = lambda layer: 1 / 0 if layer == 3 and rank == 3 % world else plain(layer)
+    try:
+        rows["failing"] = _rows(failing)
+    except ZeroDivisionError as error:
+        rows["failing"] = str(error)
+    few = ModalityIntegrationRate(LAYERS, WIDTH)
+    few.update([torch.randn(1 + rank, WIDTH)] * LAYERS, [torch.randn(int(rank == 1), WIDTH)] * LAYERS)
+    try:
+        few.compute()
+    except ValueError as error:
+        rows["few"] = str(error)
+    return own, rows
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_each_layer_is_finalised_by_its_owner_and_known_to_all(world):
-    expected = modality_integration_rate(*hostile_layers("massive", torch.float64, layers=LAYERS, n_vision=900))
+def test_each_layer_is_finalised_once_and_known_to_all(world):
+    tokens = hostile_layers("massive", torch.float64, layers=LAYERS, n_vision=900)
     first = None
-    for rank, (mir, own, held, rows, everywhere) in enumerate(run_on_ranks(_finalised, world)):
+    for rank, (own, rows) in enumerate(run_on_ranks(_found, world)):
         first = rows if first is None else first
-        mine = [layer for layer in range(LAYERS) if layer % world == rank]
-        assert own == mine
-        assert [layer for layer in range(LAYERS) if held[layer]] == mine
-        assert torch.equal(rows, first)
-        assert torch.equal(rows, everywhere.double())
-        assert mir == pytest.approx(expected.item(), rel=1e-8)
-
-
-def _failing(rank, world, kind):
-    metric = _metric(rank, world)
-    if kind == "one token":
-        metric.reset()
-        metric.update([torch.randn(1 + rank, WIDTH)] * LAYERS, [torch.randn(rank, WIDTH)] * LAYERS)
-    elif rank == 1:
-        plain = metric._layer_distance
-        metric._layer_distance = lambda layer: 1 / 0 if layer == 3 else plain(layer)
-    try:
-        metric.compute()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-def test_an_error_on_one_rank_is_an_error_on_all():
-    counts = run_on_ranks(_failing, 2, "one token")
-    assert counts[0] == counts[1]
-    assert counts[0].startswith("ValueError: text has 1 token(s) in layer 0")
-    others, own = run_on_ranks(_failing, 2, "arithmetic")
-    assert own == "ZeroDivisionError: division by zero"
-    assert others == "RuntimeError: layer 3 failed on rank 1, which finalises it: see there."
+        assert own == 2 * list(range(rank, LAYERS, world))
+        for variant in ("paper", "official"):
+            assert torch.equal(rows[variant], first[variant])
+            mir = rows[variant][:, :2].sum().log10().item()  # mean gap and covariance gap
+            assert mir == pytest.approx(modality_integration_rate(*tokens, variant).item(), rel=1e-8)
+        # Where one rank cannot finalise a layer the others do, and only that one fails.
+        failed = rank == 3 % world
+        assert rows["failing"] == "division by zero" if failed else torch.equal(rows["failing"], first["paper"])
+        assert rows["few"].startswith("text has 1 token(s) in layer 0")
+    part = [[layer.tensor_split(min(world, 3))[0] for layer in side] for side in tokens]
+    alone = first["alone"][:, :2].sum().log10().item()
+    assert alone == pytest.approx(modality_integration_rate(*part).item(), rel=1e-8)

@@ -53,6 +53,18 @@ def test_everything_behind_the_image_is_text(model, tiny_processor, pairs):
     assert tiny_processor.tokenizer.decode(ids[mask]) == "USER: \nText number 0 of twelve."
 
 
+def test_the_end_of_a_text_is_the_tokenizers(model, tiny_processor, pairs):
+    eos = tiny_processor.tokenizer.eos_token
+    batch = PairProbe(tiny_processor, model.config, pairs, 2, "A {image} {text}{eos}")[0]
+    assert tiny_processor.tokenizer.decode(batch["input_ids"][0]).endswith(f"Text number 0 of twelve.{eos}")
+    tiny_processor.tokenizer.eos_token = None
+    try:
+        with pytest.raises(ValueError, match=r"\{eos\} in 'A \{image\} .* and the tokenizer has no eos_token"):
+            PairProbe(tiny_processor, model.config, pairs, 2, "A {image} {text}{eos}")[0]
+    finally:
+        tiny_processor.tokenizer.eos_token = eos
+
+
 def test_a_text_with_the_placeholder_is_refused(model, tiny_processor, pairs):
     bad = Pair(pairs[0].images, (f"Look: {tiny_processor.image_token}",))
     with pytest.raises(ValueError, match="holds the image placeholder"):

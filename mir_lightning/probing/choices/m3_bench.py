@@ -109,7 +109,10 @@ def load_m3_bench(
         if not reasons:
             kept.append(item)
     if left_out:
-        rank_zero_warn(f"M3-Bench: {len(left_out)} questions are left out. {'; '.join(left_out)}.")
+        told = f"M3-Bench: {len(left_out)} questions are left out. {'; '.join(left_out)}."
+        if not kept:
+            raise ValueError(f"{folder}: no question is left. {told}")
+        rank_zero_warn(told)
     return check_items(kept, as_released=style is not None)
 
 
@@ -162,6 +165,8 @@ def _task_items(folder: Path, draw: _Draw) -> Iterator[ChoiceItem]:
             item_id, place = f"{task}/{q_id}", f"{file}, {q_id}"
             prompt, answer = (text_of(f"{place}: {key}", row.get(key, "")) for key in ("question", "answer"))
             wrong = texts_of(f"{place}: distraction", row.get("distraction", []))
+            if type(row.get("img_num", 0)) is not int:
+                raise ValueError(f"{place}: img_num must be a whole number, got {row['img_num']!r:.60}.")
             if _MARK.search(" ".join([answer, *wrong, str(row.get("ori_options", ""))])):
                 ending = "" if draw.style is None else " "
                 prompt, answer, wrong = _lettered(prompt, answer, draw.options(answer, wrong, item_id), ending)
@@ -203,7 +208,7 @@ def _picture_names(q_id: str, row: Mapping[str, Any], prompt: str) -> list[list[
         return [[f"{q_id}_image_{number}"] for number in numbers]
     shared = q_id.split("--")[0]
     if "img_num" in row:
-        return [[f"{shared}_{index}"] for index in range(int(row["img_num"]))]
+        return [[f"{shared}_{index}"] for index in range(row["img_num"])]
     return [[q_id, shared]]
 
 

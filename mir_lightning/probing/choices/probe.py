@@ -107,7 +107,7 @@ class ChoiceProbe:
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("processor.tokenizer has no pad token: set its pad_token, for example to its eos.")
         token = getattr(processor, "image_token", None)
-        self.image_text = image_text or (self.style.image_text.replace("{image}", token) if token else "")
+        self.image_text = image_text or (self.style.image_text.replace("{image}", str(token)) if token else "")
         if not self.image_text and any(item.images for item in self.items):
             raise ValueError(f"{type(processor).__name__} has no image_token: say with image_text what it is.")
         self.processor = processor

@@ -127,6 +127,11 @@ def test_what_cannot_be_asked_is_left_out_by_id(bench):
     with pytest.warns(UserWarning, match=r"2 questions are left out.*many: 13 pictures, and the released scripts"):
         kept = [item.id for item in load_m3_bench(bench, ["spatial_reasoning"], style="qwen")]
     assert kept == [f"spatial_reasoning/{q_id}" for q_id in ("s", "twice", "itself")]
+    file.write_text(json.dumps({"empty": {**QUESTION, "distraction": []}}))
+    with pytest.raises(
+        ValueError, match=r"no question is left\. M3-Bench: 1 questions are left out.*empty: no dis"
+    ):
+        load_m3_bench(bench, ["spatial_reasoning"])
 
 
 def test_pictures_flat_or_in_subfolders_with_the_whole_id_or_its_first_part(bench):
@@ -153,6 +158,7 @@ def test_pictures_flat_or_in_subfolders_with_the_whole_id_or_its_first_part(benc
         ({"answer": None}, "s: answer must be a text or a number, got None."),
         ({"answer": ["a cat"]}, r"s: answer must be a text or a number, got \['a cat'\]."),
         ({"question": True}, "s: question must be a text or a number, got True."),
+        ({"img_num": None}, "s: img_num must be a whole number, got None."),
     ],
 )
 def test_what_would_be_a_wrong_number_is_refused(bench, change, message):
