@@ -45,7 +45,8 @@ _PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated
 _SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
 _USUAL = 1.5 / 3  # of a margin: what is accumulated while there is room to hold the others and learn more
 _PRESSED = 0.75  # of what is held without being sure stays so when room is short
-_LEAST_ROOM = 2**22  # bytes of raw tokens kept before judging any: steady statistics, room for the unsure
+_LEAST_ROOM = 2**20  # bytes of raw tokens kept before judging any: enough for steady statistics
+_LEAST_HELD = 2**21  # bytes of room for tokens that are not sure: a third of many may be massive
 
 
 class AccumulatedOutlierError(ValueError):
@@ -113,7 +114,7 @@ class Cloud:
                 return
             tokens, norms = torch.cat([*self.rows, tokens]), torch.cat([self.seen_norms(), norms])
             self.rows.clear()
-        self._sort(tokens, norms, room // 2)
+        self._sort(tokens, norms, max(room // 2, _LEAST_HELD))
 
     def _sort(self, tokens: Tensor, norms: Tensor, room: int) -> None:
         """Accumulate the tokens with usual norms; hold the others back for the final outlier rules.

@@ -175,9 +175,9 @@ def test_an_accumulated_outlier_is_noticed_and_a_second_pass_repairs_it():
 @pytest.mark.parametrize("share", [0.2, 0.49])
 @pytest.mark.parametrize("second_pass", [False, True])
 def test_more_massive_tokens_than_there_is_room_for_have_moments_of_their_own(share, second_pass):
-    vision, text = hostile_layers("plain", torch.float64, n_vision=40_000, n_text=30_000, layers=1)
+    vision, text = hostile_layers("plain", torch.float64, n_vision=200_000, n_text=30_000, layers=1)
     generator = torch.Generator().manual_seed(1)
-    massive = torch.rand(40_000, generator=generator) < share
+    massive = torch.rand(200_000, generator=generator) < share
     vision[0][massive] *= 50 + 50 * torch.rand(int(massive.sum()), 1, generator=generator)
     metric = _stream(ModalityIntegrationRate(1, WIDTH, "robust"), vision, text, 40)
     if second_pass:
@@ -186,7 +186,7 @@ def test_more_massive_tokens_than_there_is_room_for_have_moments_of_their_own(sh
     own, _, massive_ones, *_ = metric.vision_0_moments  # heads: the count comes first
     assert massive_ones[0] > 0.6 * massive.sum()
     assert own[0] > 0.9 * (~massive).sum()
-    assert sum(r.nbytes for r in metric.vision_0_rows) <= (0 if second_pass else 2**20)
+    assert sum(r.nbytes for r in metric.vision_0_rows) <= (0 if second_pass else 2**21)
     expected = oracle.mir_layers([vision[0].numpy()], [text[0].numpy()], "robust")
     assert metric.compute_layers().item() == pytest.approx(expected.item(), rel=1e-8)
     paper = ModalityIntegrationRate(1, WIDTH)
