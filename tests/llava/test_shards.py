@@ -76,7 +76,7 @@ def test_an_epoch_has_every_sample_once_and_none_that_is_held_out(place):
     assert len(set(_epoch(smaller))) == 10
 
 
-@pytest.mark.parametrize(("workers", "done"), [(0, 1), (0, 4), (0, 8), (2, 5)])
+@pytest.mark.parametrize(("workers", "done"), [(0, 1), (0, 4), (0, 8), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_an_interrupted_epoch_goes_on_where_it_was(shards, workers, done):
     loader, _ = _loader(shards, workers)
     epoch = iter(loader)

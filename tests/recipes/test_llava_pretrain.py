@@ -38,7 +38,7 @@ def _recipe(*arguments, cwd=ROOT):
     )
 
 
-@pytest.mark.parametrize("config", [DEMO, UNFROZEN])
+@pytest.mark.parametrize("config", [DEMO, pytest.param(UNFROZEN, marks=pytest.mark.slow)])
 def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, config):
     override = tmp_path / "more.yaml"
     override.write_text(yaml.safe_dump({"trainer": {"precision": "32-true", "default_root_dir": "elsewhere"}}))

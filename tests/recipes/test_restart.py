@@ -17,7 +17,10 @@ def vlm(tmp_path_factory, tiny_processor):
     return save_tiny_llava(tmp_path_factory.mktemp("vlm"), tiny_processor, dropout=0.2)
 
 
-@pytest.mark.parametrize(("data", "preempted_at"), [("drawn", 6), ("shards", 5)])  # 5: where an epoch ends
+@pytest.mark.parametrize(
+    ("data", "preempted_at"),
+    [("drawn", 6), pytest.param("shards", 5, marks=pytest.mark.slow)],  # 5: where an epoch ends
+)
 def test_a_run_that_is_killed_and_preempted_equals_one_that_is_not(tmp_path, vlm, data, preempted_at):
     folder = str(write_shards(tmp_path / "shards")) if data == "shards" else None
     source = {"source": {"class_path": "Shards", "init_args": {"folder": folder}}} if folder else {}
