@@ -155,7 +155,7 @@ class ProbeOptions(Command):
         "unless another is given"
     )
     prompt: str | None = option(
-        r"format with {image}, {text} and \n for a line break, instead of the chat template",
+        r"format with {image}, {text}, perhaps {eos}, and \n for a line break, instead of the chat template",
         type=lambda prompt: prompt.replace(r"\n", "\n"),
     )
     text: TextPositions = option("which positions count as text", "after_vision")

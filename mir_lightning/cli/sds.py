@@ -9,8 +9,8 @@ from typing import Any
 from mir_lightning.cli.models import load_model, load_processor
 from mir_lightning.cli.options import ModelOptions, at_least_one, option
 from mir_lightning.probing.choices.evaluate import ChoiceResult, evaluate_choices
-from mir_lightning.probing.choices.items import ChoiceItem, load_choice_items
-from mir_lightning.probing.choices.m3_bench import load_m3_bench
+from mir_lightning.probing.choices.items import ChoiceItem
+from mir_lightning.probing.choices.m3_bench import load_items
 from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.choices.scores import Score
 from mir_lightning.probing.choices.styles import StyleName
@@ -39,7 +39,7 @@ class SDS(ModelOptions):
 
     def run(self) -> None:
         """Load, ask, write, print."""
-        items = self._items()
+        items = load_items(self.items, self.max_distractors, self.seed, self.style)
         probe = ChoiceProbe(items, load_processor(self.model, self.processor), self.template, style=self.style)
         model = load_model(self.model, self)
         progress = None if self.no_progress else "items"
@@ -51,20 +51,11 @@ class SDS(ModelOptions):
         rows = ([of, f"{sds:.4f}", f"{right:.4f}", f"{chance:.4f}", f"{n}"] for of, sds, right, chance, n in found)
         print(text_table(columns, rows))
 
-    def _items(self) -> list[ChoiceItem]:
-        if not self.items.exists():
-            raise ValueError(f"--items must be an M3-Bench folder or a .jsonl file, got {self.items}.")
-        if self.items.is_dir():
-            return load_m3_bench(
-                self.items, max_distractors=self.max_distractors, seed=self.seed, style=self.style
-            )
-        return load_choice_items(self.items, self.max_distractors, self.seed)
-
     def _record(self, result: ChoiceResult, items: list[ChoiceItem]) -> dict[str, Any]:
         """As it is written to ``--json``."""
         record: dict[str, Any] = {"model": self.model, "items": str(self.items), "style": self.style}
-        record |= {key: getattr(result, key) for key in ("sds", "accuracy", "chance", "score", "shared_prefix")}
-        record |= {"fingerprint": result.fingerprint, "seconds": result.seconds}
+        numbers = ("sds", "accuracy", "chance", "score", "shared_prefix", "fingerprint", "seconds")
+        record |= {key: getattr(result, key) for key in numbers}
         record["breakdown"] = {name: found._asdict() for name, found in result.breakdown.items()}
         scores = zip(items, result.scores, strict=True)
         return {**record, "scores": {item.id: of_item.tolist() for item, of_item in scores}}

@@ -13,8 +13,8 @@ from mir_lightning.llava.data.module import PretrainingData
 from mir_lightning.llava.data.source import Sample
 from mir_lightning.llava.demo.questions import shapes_choices, shapes_few_shot
 from mir_lightning.probing.choices.few_shot import FewShotProbe
-from mir_lightning.probing.choices.items import IMAGE, ChoiceItem, load_choice_items
-from mir_lightning.probing.choices.m3_bench import load_m3_bench
+from mir_lightning.probing.choices.items import IMAGE, ChoiceItem
+from mir_lightning.probing.choices.m3_bench import load_items
 from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
@@ -80,10 +80,8 @@ def choices(data: PretrainingData) -> ChoiceProbe:
     style = data.choice_style
     if data.choice_items is None:
         items = shapes_choices(data.shapes_choices, data.seed)
-    elif data.choice_items.is_dir():
-        items = load_m3_bench(data.choice_items, seed=data.seed, style=style)
     else:
-        items = load_choice_items(data.choice_items)
+        items = load_items(data.choice_items, seed=data.seed, style=style)
     template = data.collate.prompt.question("{prompt}") if style is None else None
     return ChoiceProbe(items, data.collate.processor, template, style=style)
 

@@ -94,12 +94,13 @@ def _listed(file: Path, folder: Path | None) -> list[Path]:
 
 
 def _named(place: str, value: Any) -> str:
+    name = value
     if isinstance(value, dict):
         number = value.get("image_id")  # TextVQA's pictures are .jpg
-        value = value.get("image", f"{number}.jpg" if isinstance(number, (str, int)) else None)
-    if not isinstance(value, str) or "\0" in value:
+        name = value.get("image", f"{number}.jpg" if isinstance(number, (str, int)) else None)
+    if not isinstance(name, str) or "\0" in name:
         raise ValueError(f'{place} must be a path, or an object with an "image" or "image_id", got {value!r:.60}.')
-    return value
+    return name
 
 
 def choose(found: Sequence[T], num: int, seed: int | None, what: str) -> list[T]:

@@ -94,7 +94,11 @@ def test_lists_of_images(run, shared, tmp_path):
         ("list.json", '{"images": []}', 'list.json must hold a list, or an object with one as its "data".'),
         ("list.json", '["0.png", 7]', 'list.json, item 1 must be a path, or an object with an "image"'),
         ("list.jsonl", '"0.png"\n{"picture": "1.png"}', 'line 2 must be a path, or an object with an "image"'),
-        ("list.json", '[{"image_id": null}]', 'list.json, item 0 must be a path, or an object with an "image"'),
+        (
+            "list.json",
+            '[{"image_id": null}]',
+            'or an object with an "image" or "image_id", got {\'image_id\': None}',
+        ),
         ("list.csv", "0.png", "images must be a folder, or a list in a .txt, .json or .jsonl file, got"),
     ],
 )

@@ -68,7 +68,7 @@ def test_a_style_asks_m3_bench_as_its_script_does(run, shared, tmp_path):
 
 def test_bad_options(run, shared, items, tmp_path):
     for arguments, message in (
-        (["--items", tmp_path / "none.jsonl"], "--items must be an M3-Bench folder or a .jsonl file, got"),
+        (["--items", tmp_path / "none.jsonl"], "items must be an M3-Bench folder or a .jsonl file, got"),
         (["--items", items, "--template", "Q:"], "template must hold {prompt}, got 'Q:'"),
         (
             ["--items", tmp_path, "--style", "llava", "--max-distractors", 1],

@@ -17,6 +17,7 @@ from mir_lightning.probing.choices.items import (
     IMAGE,
     ChoiceItem,
     check_items,
+    load_choice_items,
     repetitions,
     sample_distractors,
     text_of,
@@ -49,6 +50,17 @@ _REASONING_PARTS = {
 _MARK = re.compile(r"<image (\d+)>")
 _FILE_ENDING = re.compile(r"_\d+_pretrained_mllm_eval$")
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".webp")
+
+
+def load_items(
+    path: Path, max_distractors: int | None = None, seed: int = 0, style: StyleName | None = None
+) -> list[ChoiceItem]:
+    """Items of an M3-Bench folder, or of one's own in a ``.jsonl`` file; options of :func:`load_m3_bench`."""
+    if not path.exists():
+        raise ValueError(f"items must be an M3-Bench folder or a .jsonl file, got {path}.")
+    if path.is_dir():
+        return load_m3_bench(path, max_distractors=max_distractors, seed=seed, style=style)
+    return load_choice_items(path, max_distractors, seed)
 
 
 def load_m3_bench(
