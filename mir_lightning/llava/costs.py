@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mir_lightning.callbacks.schedule import tokens_of
+from mir_lightning.llava.data.packing import samples_of
 from mir_lightning.llava.model.stages import Stage, optimizer_groups
 from mir_lightning.llava.trainer import between_steps, probing_callbacks
 from mir_lightning.vlm import parameters_of
@@ -37,7 +38,7 @@ class Throughput(ThroughputMonitor):
     """
 
     def __init__(self, window_size: int = 20) -> None:
-        super().__init__(lambda batch: len(batch["input_ids"]), tokens_of, window_size=window_size)
+        super().__init__(samples_of, tokens_of, window_size=window_size)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Time what the Trainer does, in the place of the profiler that profiles nothing."""
@@ -87,10 +88,12 @@ def training_flops(vlm: PreTrainedModel) -> Callable[[Mapping[str, Tensor], Tens
     attention = 3 * 4 * config.num_hidden_layers * config.hidden_size
 
     def of_batch(batch: Mapping[str, Tensor], vision_mask: Tensor) -> float:
-        tokens = batch["attention_mask"].sum(dim=1).double()
-        predictions = (batch["labels"] != -100).sum()
-        whole = a_token * tokens.sum() + a_prediction * predictions + a_patch * vision_mask.sum()
-        return float(whole + attention * tokens.square().sum())
+        valid = batch["attention_mask"].bool()
+        positions = batch.get("position_ids", valid.cumsum(dim=1) - 1)
+        squares = (2 * positions + 1)[valid].sum().double()  # of the samples' lengths
+        predictions = (batch["labels"][:, 1:] != -100).sum()
+        whole = a_token * valid.sum() + a_prediction * predictions + a_patch * vision_mask.sum()
+        return float(whole + attention * squares)
 
     return of_batch
 

@@ -59,12 +59,13 @@ def mir_probe(data: PretrainingData, folders: ProbeFolders) -> Probe:
 
 
 def held_out_probe(data: PretrainingData, samples: int) -> Probe:
-    """The first held-out samples with their labels."""
+    """The first held-out samples with their labels; of a mixture, those of a source in batches of their own."""
     held_out, size = data.samples[1], data.batch_size
-    collate = replace(data.collate, always_pictures=False)
-    count = min(len(held_out), samples)
-    chunks = (range(start, min(start + size, count)) for start in range(0, count, size))
-    batches = [collate([held_out[index] for index in chunk]) for chunk in chunks]
+    collate = replace(data.collate, always_pictures=False, pack=False)
+    drawn = [held_out[index] for index in range(min(len(held_out), samples))]
+    by_source = [[sample for sample in drawn if sample.source == name] for name in data.source_names or [""]]
+    chunks = (part[start : start + size] for part in by_source for start in range(0, len(part), size))
+    batches = [collate(chunk) for chunk in chunks]
     for line in (line for batch in batches for line in batch.pop("unreadable")):
         rank_zero_warn(f"replaced in the probe: {line}")
     return Probe(batches)

@@ -7,7 +7,7 @@ from mir_lightning.llava.data.prompts import ChatPrompt, PlainPrompt
 from mir_lightning.llava.data.source import Sample
 from mir_lightning.llava.demo.shapes import COLOURS, Scene, ShapesDataset, Thing, draw_sample
 from mir_lightning.llava.demo.weights import build_packaged_processor
-from mir_lightning.llava.model.module import labelled_only
+from mir_lightning.llava.model.module import model_inputs
 from mir_lightning.probing.images import UnreadableImageError
 from tests.items import QWEN_IMAGE, picture
 from tests.processors import FAMILIES, build
@@ -292,5 +292,5 @@ def test_batches_are_what_the_models_own_processor_makes(family):
     assert set(batch) == {*whole, "labels"}
     for key in set(whole) - {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}:
         assert torch.equal(batch[key], whole[key]), key
-    model.train()(**labelled_only(batch), use_cache=False).loss.backward()
+    model.train()(**model_inputs(batch, flash=False), use_cache=False).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -1,6 +1,6 @@
 import pytest
 
-from mir_lightning.llava.model.module import labelled_only
+from mir_lightning.llava.model.module import model_inputs
 from tests.models import tiny_batch, tiny_llava
 
 
@@ -8,4 +8,6 @@ def test_logits_for_captions_only_give_the_same_loss():
     model = tiny_llava().eval()
     batch = tiny_batch()
     batch["labels"][:, :13] = -100
-    assert model(**labelled_only(batch)).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+    assert model(**model_inputs(batch, flash=False)).loss.item() == pytest.approx(
+        model(**batch).loss.item(), rel=1e-6
+    )

@@ -1,5 +1,6 @@
 """Which samples go into which batch, and what a batch of them is for a model."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Sampler
 
+from mir_lightning.llava.data.packing import pack
 from mir_lightning.llava.data.prompts import IMAGE, PlainPrompt, Span, starts_with_bos
 from mir_lightning.llava.data.source import Sample
 from mir_lightning.probing.choices.probe import common_prefix
@@ -30,6 +32,7 @@ class EpochBatches(Sampler[list[int]]):
     position: Callable[[], tuple[int, int]]  # tells the epoch, and how many of its batches are done
     rank: int = 0
     ranks: int = 1
+    order: Callable[[torch.Generator], torch.Tensor] | None = None  # draws that of an epoch; else any
 
     def __post_init__(self) -> None:
         self.samples = self.lengths if isinstance(self.lengths, int) else len(self.lengths)
@@ -47,7 +50,7 @@ class EpochBatches(Sampler[list[int]]):
 
     def _global_batches(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
-        order = torch.randperm(self.samples, generator=generator)
+        order = self.order(generator) if self.order else torch.randperm(self.samples, generator=generator)
         if not isinstance(self.lengths, int):
             groups = torch.arange(len(order)) // (self.global_size * _GROUP)
             by_length = torch.argsort(torch.tensor(self.lengths)[order], stable=True)
@@ -72,6 +75,7 @@ class ConversationCollator:
     processor: Any  # tokenizer and image processor of the model, with an ``image_token``
     prompt: PlainPrompt  # how a conversation is written
     max_length: int = 2048  # tokens that a sample is cut to
+    pack: bool = False  # put several samples into each row of ``max_length`` tokens
     always_pictures: bool = True  # add a blank one, with nothing to learn, to a batch that has none
 
     def __post_init__(self) -> None:
@@ -81,6 +85,9 @@ class ConversationCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """``input_ids``, ``attention_mask``, ``labels`` ``[B, S]``, pixels, and ``unreadable``, a list.
+
+        Of a mixture also ``source``, a name for each sample; packed, ``position_ids`` ``[B, S]``, and the samples
+        in another order.
 
         Raises:
             UnreadableImageError: if no sample can be used.
@@ -101,22 +108,34 @@ class ConversationCollator:
             batch = self._batch([usable[place % len(usable)] for place in range(len(samples))])
         return {**batch, "unreadable": unreadable}
 
+    def check(self) -> None:
+        """Raise a ``ValueError`` where no picture can be learned of, such as a ``max_length`` that holds none."""
+        self._batch([Sample((_blank(),), (IMAGE, "A picture."))])
+
     def _batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         blank = self.always_pictures and not any(sample.images for sample in samples)
         written = [self._spans(sample) for sample in samples] + [[Span(IMAGE, False)]] * blank
-        images = [list(sample.images) for sample in samples] + [[Image.new("RGB", (224, 224))]] * blank
+        images = [list(sample.images) for sample in samples] + [[_blank()]] * blank
         pixels, expanded = self._process(written, images)
         rows = [self._row(spans, expanded) for spans in written]
+        sources = [sample.source for sample in samples] + [""] * blank
         for row in rows[: len(samples)]:
             if not any(label >= 0 for label in row["labels"][1:]):
                 raise ValueError(f"max_length={self.max_length} leaves nothing of it to learn.")
+        length, by_row = max(len(row["input_ids"]) for row in rows), {key for row in rows for key in row}
+        if self.pack:
+            if others := sorted({*by_row} - {"input_ids", "attention_mask", "labels"}):
+                raise ValueError(f"pack: tokens of this model have {', '.join(others)}: they cannot be packed.")
+            length = self.max_length
+            rows, order = pack(rows, length)
+            pixels = _in_order(pixels, [len(pictures) for pictures in images], order)
+            sources = [sources[number] for number in order]
         fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
-        length = max(len(row["input_ids"]) for row in rows)
         by_token = {
             key: torch.tensor([[*row.get(key, []), *[fill.get(key, 0)] * length][:length] for row in rows])
             for key in dict.fromkeys(key for row in rows for key in row)
         }
-        return {**by_token, **pixels}
+        return {**by_token, **pixels, **({"source": sources} if any(sources) else {})}
 
     def _spans(self, sample: Sample) -> list[Span]:
         for token in self.reserved:
@@ -177,6 +196,22 @@ class ConversationCollator:
         """Ids of vision tokens."""
         known = getattr(self.processor, "image_token_id", None)
         return {known if known is not None else self.processor.tokenizer.convert_tokens_to_ids(self.picture)}
+
+
+def _blank() -> Image.Image:
+    return Image.new("RGB", (224, 224))
+
+
+def _in_order(pixels: dict[str, Any], pictures: Sequence[int], order: Sequence[int]) -> dict[str, Any]:
+    """What a processor makes of so many ``pictures`` of each sample, with the samples in another order."""
+    starts = [0, *itertools.accumulate(pictures)]
+    chosen = [starts[sample] + place for sample in order for place in range(pictures[sample])]
+    for key, value in pixels.items():
+        if not isinstance(value, torch.Tensor) or len(value) != starts[-1]:
+            raise ValueError(
+                f"pack: {key} of this model is not one entry a picture: its samples cannot be packed."
+            )
+    return {key: value[chosen] for key, value in pixels.items()}
 
 
 def picture_text(processor: Any) -> str:

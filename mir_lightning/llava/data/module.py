@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.llava.data.batches import ConversationCollator, EpochBatches
+from mir_lightning.llava.data.documents import Documents
+from mir_lightning.llava.data.mixture import Mixed, Mixture
 from mir_lightning.llava.data.prompts import ChatPrompt, PlainPrompt
 from mir_lightning.llava.data.records import Records
 from mir_lightning.llava.data.shards import Shards
@@ -21,7 +23,15 @@ from mir_lightning.llava.demo.shapes import Shapes
 from mir_lightning.probing.choices.styles import StyleName
 from mir_lightning.probing.images import UnreadableImageError
 
-__all__ = ["PretrainingData", "Records", "Shapes", "Shards", "Table"]  # a source's name is enough in a config
+__all__ = [
+    "Documents",
+    "Mixture",
+    "PretrainingData",
+    "Records",
+    "Shapes",
+    "Shards",
+    "Table",
+]  # a source's name is enough in a config
 
 
 @dataclass(eq=False, repr=False)
@@ -29,7 +39,7 @@ class PretrainingData(pl.LightningDataModule):
     """Training batches, and the samples that probes are made of.
 
     Args:
-        source: of the samples: Records, Table, Shards or Shapes (drawn ones, by default).
+        source: of the samples: Records, Table, Documents, Shards, Shapes (drawn ones, by default), or a Mixture.
         data_scale: number of training samples, drawn at random with ``seed``; all when None. Of drawn shapes, the
             samples of an epoch.
         batch_size: samples a batch, on each device.
@@ -38,6 +48,7 @@ class PretrainingData(pl.LightningDataModule):
             template).
         system: system text of ``"chat"``.
         max_length: tokens of a sample.
+        pack: put the samples of a batch into rows of ``max_length`` tokens, as many as go into each.
         max_unreadable: share of the samples that may be left out, for pictures that cannot be read or texts that
             nothing can be learned of; beyond it the run stops.
         group_by_length: put samples of like length into a batch, for less padding.
@@ -62,6 +73,7 @@ class PretrainingData(pl.LightningDataModule):
     prompt: Literal["plain", "chat"] = "plain"
     system: str | None = None
     max_length: int = 2048
+    pack: bool = False
     max_unreadable: float = 0.01
     group_by_length: bool = True
     probe_size: int = 64
@@ -82,6 +94,8 @@ class PretrainingData(pl.LightningDataModule):
             raise ValueError(f"max_unreadable must lie in [0, 1), got {self.max_unreadable}.")
         self._source = Shapes() if self.source is None else self.source
         self.unreadable: list[str] = []
+        self.source_names: list[str] = self._source.names if isinstance(self._source, Mixture) else []
+        self.drawn = dict.fromkeys(self.source_names, 0)  # samples that this rank has trained on, of each source
         self._epoch = self._done = 0
         self._batches_an_epoch = 1
         self._stream: Any = None
@@ -101,7 +115,7 @@ class PretrainingData(pl.LightningDataModule):
         template = getattr(processor, "chat_template", None)
         chat = self.prompt == "chat"
         prompt = ChatPrompt(processor.tokenizer, self.system, template) if chat else PlainPrompt()
-        return ConversationCollator(processor, prompt, self.max_length)
+        return ConversationCollator(processor, prompt, self.max_length, self.pack)
 
     def accumulate(self, trainer: pl.Trainer) -> None:
         """Set gradient accumulation by ``global_batch_size``; a ``ValueError`` if the devices cannot share it."""
@@ -123,14 +137,16 @@ class PretrainingData(pl.LightningDataModule):
         """Batches of the training samples, from where an interrupted epoch stopped."""
         training, collate, trainer = self.samples[0], self.collate, self.trainer
         size, workers = self.batch_size, self.num_workers
+        collate.check()
         self._stream = self._source.stream(training, collate, batch_size=size, num_workers=workers)
         if self._stream is not None:
             self._resume_stream()
             return self._stream
-        lengths = self._source.lengths() if self.group_by_length else None
+        lengths = self._source.lengths() if self.group_by_length and not self.pack else None
         sizes = len(training) if lengths is None else [lengths[index] for index in training.indices]
         ranks = (trainer.global_rank, trainer.world_size)  # type: ignore[union-attr]
-        batches = EpochBatches(sizes, size, self.seed, self._position, *ranks)
+        order = training.order if isinstance(training, Mixed) else None
+        batches = EpochBatches(sizes, size, self.seed, self._position, *ranks, order=order)
         self._batches_an_epoch = len(batches)
         generator = torch.Generator().manual_seed(self.seed)  # leaves the global random state alone
         return DataLoader(
@@ -147,8 +163,10 @@ class PretrainingData(pl.LightningDataModule):
         return self._epoch, self._done
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the batches, and the pictures that were left out; stop the run beyond ``max_unreadable``."""
+        """Count the batches, sources, and pictures that were left out; stop the run beyond ``max_unreadable``."""
         self._done += 1
+        for name in self.source_names:
+            self.drawn[name] += batch["source"].count(name)
         for line in batch.pop("unreadable", ()):
             self.unreadable.append(line)
             rank_zero_warn(f"left out: {line}")
@@ -162,12 +180,14 @@ class PretrainingData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is, and what was left out so far."""
         stream = None if self._stream is None else self._stream.state_dict()
-        return {"epoch": self._epoch, "done": self._done, "unreadable": self.unreadable, "stream": stream}
+        place = {"epoch": self._epoch, "done": self._done, "drawn": dict(self.drawn)}
+        return {**place, "unreadable": self.unreadable, "stream": stream}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._epoch, self._done = state_dict["epoch"], state_dict["done"]
         self.unreadable = list(state_dict["unreadable"])
+        self.drawn |= {name: state_dict["drawn"].get(name, 0) for name in self.source_names}
         self._stream_state = state_dict["stream"]
         self._resume_stream()
 

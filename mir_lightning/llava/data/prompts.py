@@ -22,14 +22,17 @@ class Span(NamedTuple):
 class PlainPrompt:
     """LLaVA's pre-training format: the pictures, what the model says, a line break; nothing else.
 
-    The human's turns are left out (LLaVA-1.5, ``plain``). A text of a single turn is learned whole.
+    The human's turns are left out (LLaVA-1.5, ``plain``). A text of a single turn is learned whole; its pictures
+    stay where they are in it.
     """
 
     writes_its_start = False  # with the token that begins a sequence, where a model wants one
 
     def __call__(self, turns: Sequence[str], images: int) -> list[Span]:
         """Spans of a conversation with so many pictures."""
-        said = turns[1::2] if len(turns) > 1 else turns
+        if len(turns) == 1:
+            return _apart(f"{IMAGE * (images - turns[0].count(IMAGE))}{turns[0].strip()}\n", learned=True)
+        said = turns[1::2]
         text = "\n".join(turn.replace(IMAGE, "").strip() for turn in said)
         return [*([Span(IMAGE * images, False)] if images else []), Span(f"{text}\n", True)]
 

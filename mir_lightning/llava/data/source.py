@@ -20,6 +20,7 @@ class Sample:
     turns: tuple[str, ...]  # of a conversation, the human's first, with ``<image>`` where a picture stands
     unreadable: tuple[str, ...] = ()  # what had to be left out to get here, one line each
     name: str = ""  # where it comes from, for errors
+    source: str = ""  # which one of a mixture
 
 
 Collate = Callable[[Sequence[Sample]], Any]
@@ -81,7 +82,7 @@ class Samples(Dataset):
         unreadable: list[str] = []
         for step in range(10):
             try:
-                sample = self.source[(self.indices[index] + step) % len(self.source)]
+                sample = self.source[self.indices[(index + step) % len(self)]]
             except UnreadableImageError as error:
                 unreadable.append(str(error))
             else:

@@ -9,10 +9,12 @@ from typing import Literal
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
+from mir_lightning.functional.checks import check_choice
 from mir_lightning.llava.data.source import Sample, Source
 from mir_lightning.probing.choices.items import IMAGE
 
 Split = Literal["train", "held_out"]
+Kind = Literal["captions", "interleaved", "text"]
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -77,6 +79,7 @@ class ShapesDataset(Dataset):
     split: Split
     length: int
     seed: int = 0
+    kind: Kind = "captions"
 
     def __len__(self) -> int:
         return self.length
@@ -84,19 +87,38 @@ class ShapesDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        image, caption = draw_sample(self.split, index, self.seed)
-        return Sample((image,), (f"Picture: {IMAGE}", caption))
+        if self.kind == "captions":
+            image, caption = draw_sample(self.split, index, self.seed)
+            return Sample((image,), (f"Picture: {IMAGE}", caption))
+        rng = random.Random(f"{self.seed}/{self.kind}/{index}")
+        drawn = [draw_sample(self.split, index, f"{self.seed}/{part}") for part in range(rng.randint(2, 4))]
+        if self.kind == "text":
+            return Sample((), (" ".join(caption for _, caption in drawn),))
+        return Sample(
+            tuple(image for image, _ in drawn), ("\n".join(f"{IMAGE}\n{caption}" for _, caption in drawn),)
+        )
 
 
 class Shapes(Source):
-    """Drawn shapes and their captions, 960 an epoch by default; some captions are of held-out samples only."""
+    """Drawn shapes and their captions, 960 an epoch by default; some captions are of held-out samples only.
+
+    Args:
+        kind: ``"captions"``: a picture and its caption; ``"interleaved"``: documents of two to four pictures, each
+            before its caption; ``"text"``: as many captions, and no picture.
+    """
+
+    def __init__(self, kind: Kind = "captions") -> None:
+        check_choice("kind", kind, Kind)
+        self.kind = kind
 
     def split(self, held_out: int, scale: int | None, seed: int) -> tuple[ShapesDataset, ShapesDataset]:
         """As many as are wanted: there is no end of them."""
-        return ShapesDataset("train", scale or 960, seed), ShapesDataset("held_out", held_out, seed)
+        lengths: tuple[tuple[Split, int], ...] = (("train", scale or 960), ("held_out", held_out))
+        training, first = (ShapesDataset(split, length, seed, self.kind) for split, length in lengths)
+        return training, first
 
 
-def draw_sample(split: Split, index: int, seed: int = 0) -> tuple[Image.Image, str]:
+def draw_sample(split: Split, index: int, seed: int | str = 0) -> tuple[Image.Image, str]:
     """Picture (RGB, 224 x 224) and caption number ``index`` of a split; always the same ones."""
     rng = random.Random(f"{seed}/{split}/{index}")
     while (scene := _random_scene(rng)).split != split:

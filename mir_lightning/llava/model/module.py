@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from mir_lightning.callbacks.schedule import tokens_of
 from mir_lightning.llava.console import stage_table
 from mir_lightning.llava.costs import training_flops, training_memory
+from mir_lightning.llava.data.packing import source_losses
 from mir_lightning.llava.model.backbones import ModelSource, build_model, build_processor
 from mir_lightning.llava.model.saving import load_part
 from mir_lightning.llava.model.sharding import shard
@@ -55,6 +56,9 @@ class LoraOptions:
         """The same for peft."""
         targets = rf".*language_model.*\.({'|'.join(self.targets)})"
         return LoraConfig(r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
+
+
+_COUNTED = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
 class LlavaPretraining(pl.LightningModule):
@@ -179,7 +183,9 @@ class LlavaPretraining(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of the labelled tokens; over the ranks together, each token weighs the same."""
-        loss = self.vlm(**labelled_only(batch), use_cache=False).loss
+        flash = "flash" in str(self.vlm.config._attn_implementation)
+        output = self.vlm(**model_inputs(batch, flash), use_cache=False)
+        loss = output.loss
         if self.trainer.world_size > 1:
             labelled = (batch["labels"][:, 1:] != -100).sum().float()
             loss = loss * labelled / self.trainer.strategy.reduce(labelled.clone(), reduce_op="mean")
@@ -187,11 +193,28 @@ class LlavaPretraining(pl.LightningModule):
         if self.stages[self.stage].tokens is not None:
             tokens = torch.tensor(tokens_of(batch), device=self.device)
             self._tokens += int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
-        self._counted = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        self._counted = {name: batch[name] for name in _COUNTED if name in batch}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.moca and (self.trainer.global_step + 1) % every == 0:
-            self.log_dict(moca_statistics(self.vlm))
+        if (self.trainer.global_step + 1) % every == 0:
+            if self.moca:
+                self.log_dict(moca_statistics(self.vlm))
+            self._log_sources(batch, output.logits.detach())
         return loss
+
+    def _log_sources(self, batch: Mapping[str, Any], logits: Tensor) -> None:
+        """Of a mixture, this batch's loss by source, and the shares of the samples so far, over all ranks."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = getattr(data, "source_names", [])
+        if not names:
+            return
+        drawn = torch.tensor([data.drawn[name] for name in names], dtype=torch.float64, device=logits.device)
+        counts = torch.cat([source_losses(batch, logits, names), drawn[:, None]], dim=1)
+        losses, tokens, samples = self.trainer.strategy.reduce(counts, reduce_op="sum").unbind(dim=1)
+        shares = samples / samples.sum()
+        for name, loss, count, share in zip(names, losses, tokens, shares, strict=True):
+            self.log(f"train_share/{name}", share)
+            if count:
+                self.log(f"train_sources/{name}", loss / count)
 
     @property
     def flops_per_batch(self) -> float | None:
@@ -228,9 +251,18 @@ class LlavaPretraining(pl.LightningModule):
             raise ValueError(f"stages: the checkpoint is in stage {begun}, and the schedule has {planned}.")
 
 
-def labelled_only(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The batch, asking for logits only where labels are: everything before the first of them costs none."""
-    labels = batch["labels"]
+def model_inputs(batch: Mapping[str, Any], flash: bool) -> dict[str, Any]:
+    """The batch, asking for logits only where labels are: everything before the first of them costs none.
+
+    Packed, without the attention mask: transformers tells samples apart by their positions. For flash attention as
+    one row, which its kernels want.
+    """
+    given = {key: value for key, value in batch.items() if key != "source"}
+    if "position_ids" in given:
+        del given["attention_mask"]
+        by_token = ("input_ids", "labels", "position_ids") if flash else ()
+        given |= {key: given[key].reshape(1, -1) for key in by_token}
+    labels = given["labels"]
     first = int((labels != -100).any(dim=0).nonzero()[0])
     start = max(first - 1, 0)  # the token before predicts the first one
-    return {**batch, "labels": labels[:, start:], "logits_to_keep": labels.shape[1] - start}
+    return {**given, "labels": labels[:, start:], "logits_to_keep": labels.shape[1] - start}
