@@ -36,7 +36,8 @@ class MIRCallback(ProbingCallback):
     ``mir_rank/vision`` and ``mir_rank/text`` (mean effective rank, the participation ratio),
     ``mir_outliers/vision`` and ``mir_outliers/text`` (share of the tokens), ``mir_massive/vision`` and
     ``mir_massive/text`` (share outside the robust rule), and with labels in the probe ``mir_probe/loss`` and
-    ``mir_probe/perplexity``; pictures ``mir_media/layers``, ``mir_media/heatmap`` and ``mir_media/tokens``.
+    ``mir_probe/perplexity``; where each batch of the probe names one ``source``, ``mir_sources/<source>``;
+    pictures ``mir_media/layers``, ``mir_media/heatmap`` and ``mir_media/tokens``.
 
     Args:
         probe: a :class:`~mir_lightning.Probe`, a ``DataLoader``, a list of batches, or a zero-argument
@@ -110,6 +111,9 @@ class MIRCallback(ProbingCallback):
         foreign = self.places["hidden_states"] is not None or is_foreign(inside, self.places["layers"])
         self.network = inside if foreign else find_entrance(module, self.model)
         self.probe = probe = self.make_probe(self.probe)
+        for source in probe.by_source():
+            if "/" in source:
+                raise ValueError(f'source {source!r} of the probe must hold no "/": loggers take it for a folder.')
         network = Network(self.network, **self.places)
         self._config = None if network.vlm is None else network.vlm.config
         masks = network.masks(probe, self.engine["text"])
@@ -161,6 +165,7 @@ class MIRCallback(ProbingCallback):
         values[f"{name}_norm/mean"] = result.norm_ratio.mean().item()
         if result.standard_error is not None:
             values[f"{name}_se"] = result.standard_error
+        values |= {f"{name}_sources/{source}": found.mir for source, found in result.sources.items()}
         for reading, of_layers in (
             ("rank", result.effective_rank),
             ("outliers", result.outliers / tokens),

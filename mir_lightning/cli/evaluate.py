@@ -24,10 +24,12 @@ from mir_lightning.cli.options import (
     ProbeOptions,
     at_least_one,
     flags,
+    from_zero,
     option,
     output_file,
 )
 from mir_lightning.cli.probe import choose_pairs, source_of
+from mir_lightning.probing.choices.few_shot import FewShotProbe, evaluate_few_shot, pair_items
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
 from mir_lightning.probing.image_gain import ImageGainResult, evaluate_image_gain
 from mir_lightning.probing.images import read_image
@@ -52,6 +54,13 @@ class Eval(EvaluationOptions):
         metavar="N",
     )
     gain: bool = option("also what a picture is worth to its text, which must belong to it (captions)", False)
+    shots: list[int] | None = option(
+        "also the captions, or the answers to --data's questions, that the model writes after K solved examples "
+        "of other pairs, with MM1's prompts, such as --shots 0 4 8",
+        type=from_zero,
+        nargs="+",
+        metavar="K",
+    )
 
     @property
     def worst_plot(self) -> Path | None:
@@ -62,8 +71,13 @@ class Eval(EvaluationOptions):
         """A ``ValueError`` if there are no samples to show, or too few."""
         self.interval |= self.worst is not None
         super().__post_init__()
-        if self.worst and self.probe:
-            raise ValueError("--worst shows pictures and texts: give --images and --texts or --data, not --probe.")
+        if (self.worst or self.shots) and self.probe:
+            asked = "--worst" if self.worst else "--shots"
+            raise ValueError(
+                f"{asked} shows pictures and texts: give --images and --texts or --data, not --probe."
+            )
+        if self.shots and max(self.shots) >= self.num:
+            raise ValueError(f"--shots {max(self.shots)}: there are {self.num - 1} other pairs to show (--num).")
         if self.worst and self.worst > self.num:
             raise ValueError(f"--worst {self.worst}: the probe has {self.num} pairs (--num).")
         if self.worst_plot:
@@ -71,7 +85,7 @@ class Eval(EvaluationOptions):
 
     def run(self) -> None:
         """Evaluate, write, print."""
-        record, pairs = evaluate_source(self.model, self, self.gain)
+        record, pairs = evaluate_source(self.model, self, self.gain, self.shots)
         columns, rows = figures.layer_table(record)
         title = literal(f"{Path(self.model).name or self.model}: MIR {record['mir']:.3f}")
         self.write(record, [columns, *rows])
@@ -99,7 +113,7 @@ def _worst_figure(worst: Sequence[tuple[Pair, str]]) -> Figure:
 
 
 def evaluate_source(
-    source: str, options: EvaluationOptions, gain: bool = False
+    source: str, options: EvaluationOptions, gain: bool = False, shots: Sequence[int] | None = None
 ) -> tuple[dict[str, Any], list[Pair]]:
     """The whole result for a model named on the command line, as it is written to ``--json``, and its samples.
 
@@ -135,6 +149,19 @@ def evaluate_source(
             most,
             lambda size: size // 2 or None if options.batch_size is None else None,
         )
+        if shots:
+            items = pair_items(pairs)
+            answers = evaluate_few_shot(
+                model,
+                FewShotProbe(items, items, processor, shots, options.seed or 0),
+                batch_size=size,
+                progress=None if options.no_progress else "answers",
+            )
+            found["few_shot"] = [
+                {"shots": count, "task": task or "all", **score._asdict()}
+                for count, by_task in answers.scores.items()
+                for task, score in by_task.items()
+            ]
     return {"model": source, "source": origin, "prompt": prompt, **found}, pairs
 
 
@@ -186,6 +213,9 @@ def summary(record: Mapping[str, Any]) -> str:
         )
         pictures = f"nats a token with another picture, {blank} with a blank one"
         lines["gain"] = f"{other} {pictures} (95 %; higher is better)"
+    for row in record.get("few_shot", []):
+        told = f"exact match {row['exact_match']:.3f}, F1 {row['f1']:.3f} ({row['task']})"
+        lines |= {f"{row['shots']} shots": told} if row["task"] != "all" else {}
     sure = plus_minus(record["standard_error"])
     first = f"MIR {record['mir']:.4f}{sure} ({'95 %; ' * bool(sure)}{record['variant']}; lower is better aligned)"
     return "\n".join([first, *(f"  {name:<8}  {line}" for name, line in lines.items())])

@@ -64,6 +64,13 @@ def at_least_one(value: str) -> int:
     return int(value)
 
 
+def from_zero(value: str) -> int:
+    """An argument that counts something there may be none of."""
+    if not value.isdigit():
+        raise ArgumentTypeError(f"must be a whole number from 0 on, got {value!r}")
+    return int(value)
+
+
 def output_file(value: str, place: str = "") -> Path:
     """A file to write, looked at before the work that gives its contents."""
     path = Path(value)

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from mir_lightning.probing.ranks import fit_into_memory, run_together, sum_over_
 from mir_lightning.vlm import TextPositions, TokenMasks
 
 _SAMPLE_SIZE = 400
+_OF_THE_WHOLE = ("probe", "progress", "check", "interval", "start")  # options that are not those of a source
 
 
 class UncheckedMaskWarning(UserWarning):
@@ -35,6 +36,13 @@ _NOTHING_MOVED = (
     "projector is silent (its output layer still zeros), or the model does not see the images, or the batches "
     "hold no pixels. check=False goes without."
 )
+
+
+class SourceMIR(NamedTuple):
+    """What the batches of one source found."""
+
+    mir: float
+    loss: float | None  # mean cross-entropy over their labels, in nats
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class MIRResult:
         influence: what each sample of the probe adds to ``mir``, ``[N]``; ``None`` without ``interval``. See
             :func:`~mir_lightning.functional.mir_influence`.
         standard_error: of ``mir`` over redrawn samples, from the influences.
+        sources: MIR and loss by source, where each batch of the probe names one (those with vision tokens).
     """
 
     mir: float
@@ -99,6 +108,7 @@ class MIRResult:
     rank_order: RankOrder
     influence: Tensor | None
     standard_error: float | None
+    sources: dict[str, SourceMIR]
 
 
 def evaluate_mir(
@@ -130,7 +140,8 @@ def evaluate_mir(
     Args:
         model: a Hugging Face vision-language model, or a module that holds one; any module with ``layers`` or
             ``hidden_states``.
-        probe: the batches to run; they are moved to the model's device.
+        probe: the batches to run; they are moved to the model's device. Where each names one ``source`` and there
+            are several, those of each source run once more, for its own MIR.
         variant: ``"paper"``, ``"robust"``, ``"official"`` or ``"official-fast"``; see
             :func:`~mir_lightning.functional.modality_integration_rate`.
         text: which positions count as text: ``"after_vision"`` or ``"all"``; padding never does.
@@ -165,6 +176,7 @@ def evaluate_mir(
         torch.OutOfMemoryError: if single samples do not fit, or batches cannot be split.
     """
     start = time.perf_counter()
+    again = {key: value for key, value in locals().items() if key not in _OF_THE_WHOLE}
     check_choice("variant", variant, Variant)
     check_choice("rank_order", rank_order, RankOrder)
     if interval and variant not in get_args(Rule):
@@ -196,6 +208,14 @@ def evaluate_mir(
             )
     if check and not checked:
         warnings.warn(UncheckedMaskWarning(_NOTHING_MOVED), stacklevel=2)
+    sources = {}
+    for name, part in probe.by_source().items():
+        of_pictures = [
+            mask.vision.any() for batch, mask in zip(probe, masks, strict=True) if name in batch["source"]
+        ]
+        if any(of_pictures):
+            of_source = evaluate_mir(probe=part, progress=progress and f"{progress}, {name}", **again)
+            sources[name] = SourceMIR(of_source.mir, of_source.loss)
     by_layer = {
         name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])
         for name in LayerDistance._fields
@@ -223,6 +243,7 @@ def evaluate_mir(
         rank_order=rank_order,
         influence=influence,
         standard_error=None if influence is None else standard_error(influence).item(),
+        sources=sources,
     )
 
 

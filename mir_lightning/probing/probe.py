@@ -79,6 +79,15 @@ class Probe:
             whole.update(self._digests.get(index) or batch_digest(self[index]))
         return whole.hexdigest()
 
+    def by_source(self) -> dict[str, Probe]:
+        """The batches of each source, where there are several and each batch is of one; else nothing."""
+        named = [set(batch.get("source", ())) for batch in self]
+        if any(len(names) != 1 for names in named) or len(found := set().union(*named)) < 2:
+            return {}
+        return {
+            name: Probe(b for b, names in zip(self, named, strict=True) if name in names) for name in sorted(found)
+        }
+
     def pin_memory(self) -> None:
         """Page-lock the batches, so that they move to a GPU while it computes."""
         self._batches = [

@@ -457,3 +457,14 @@ def test_quick_looks_leave_no_pictures(tmp_path, probe, quick):
     trainer.fit(Pretraining())
     assert len(callback.history) >= 2
     assert not list(tmp_path.rglob("*.png"))
+
+
+def test_mir_by_source_is_logged(tmp_path):
+    sources = ("pages", "captions", "pages")
+    probe = Probe([{**tiny_batch(seed=100 + i), "source": [name] * 4} for i, name in enumerate(sources)])
+    callback = MIRCallback(probe, every_n_steps=3)
+    fit(tmp_path, [callback])
+    assert all({"mir_sources/captions", "mir_sources/pages"} <= row.keys() for row in callback.history)
+    probe = Probe([{**tiny_batch(seed=i), "source": [name] * 4} for i, name in enumerate(("a/b", "c"))])
+    with pytest.raises(ValueError, match="source 'a/b' of the probe must hold no"):
+        fit(tmp_path, [MIRCallback(probe)])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from mir_lightning import cli, evaluate_mir
 from mir_lightning.callbacks import figures
 from mir_lightning.cli.evaluate import _plain, layer_bars
+from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.image_gain import evaluate_image_gain
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 
@@ -257,6 +258,50 @@ def test_the_gain_of_the_pictures(run, shared, tmp_path):
         f"{expected.gain_blank:.4f} ± {half_blank:.4f} with a blank one (95 %; higher is better)" in printed
     )
     assert "gain" not in found["without"][0]
+
+
+def test_answers_after_examples(run, shared, tmp_path, monkeypatch):
+    """With MM1's prompts, the other pairs as examples; the same as through FewShotProbe by hand."""
+    prompts = []
+    real = ChoiceProbe.__init__
+
+    def watched(self, items, *args, **options):
+        prompts.extend((len(item.images), item.prompt) for item in items)
+        real(self, items, *args, **options)
+
+    monkeypatch.setattr(ChoiceProbe, "__init__", watched)
+    out = tmp_path / "out.json"
+    done = run("eval", shared.root / "model", "--shots", 0, 2, "--json", out)
+    assert (done.status, done.err.count("Traceback")) == (0, 0)
+    assert [pictures for pictures, _ in prompts] == [1] * 3 + [3] * 3
+    assert prompts[0][1] == "<image> A photo of"
+    lines = prompts[3][1].split("\n")
+    assert len(lines) == 3
+    assert lines[-1] == "<image> A photo of"
+    assert all(line.startswith("<image> A photo of ") for line in lines[:2])
+    assert "The tide comes in" not in prompts[3][1]  # its own caption
+    rows = json.loads(out.read_text())["few_shot"]
+    assert [(row["shots"], row["task"]) for row in rows] == [(k, t) for k in (0, 2) for t in ("all", "caption")]
+    assert f"  0 shots   exact match {rows[1]['exact_match']:.3f}, F1 {rows[1]['f1']:.3f} (caption)" in done.out
+
+    turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "Two."}]
+    records = [{"id": i, "image": f"{i}.png", "conversations": turns} for i in range(3)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    prompts.clear()
+    data = ["--data", tmp_path / "data.json", "--image-folder", shared.root / "images", "--num", 3]
+    done = run("eval", shared.root / "model", *data, "--shots", 1, pairs=False)
+    assert {prompt for _, prompt in prompts} == {
+        "<image> Question: How many? Short answer: Two.\n<image> Question: How many? Short answer:"
+    }
+    assert "  1 shots   exact match" in done.out
+
+
+def test_more_examples_than_pairs_and_examples_of_a_saved_probe(run, shared, tmp_path):
+    done = run("eval", shared.root / "model", "--shots", 3)
+    assert (done.status, done.err) == (1, "mir-lightning: --shots 3: there are 2 other pairs to show (--num).\n")
+    assert run("probe", shared.root / "model", "-o", tmp_path / "p.safetensors").status == 0
+    done = run("eval", shared.root / "model", "--probe", tmp_path / "p.safetensors", "--shots", 1, pairs=False)
+    assert "--shots shows pictures and texts" in done.err
 
 
 def test_unknown_numbers_are_null_in_json():

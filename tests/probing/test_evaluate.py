@@ -294,6 +294,23 @@ def _influence_on(rank, world):
     return result.influence, result.standard_error
 
 
+def test_mir_by_source_is_that_of_its_batches_alone(probe):
+    model = tiny_llava().eval()
+    names = ["pages", "captions", "pages"]
+    text = tiny_batch(seed=7)
+    text["input_ids"][text["input_ids"] == IMAGE_TOKEN] = 5
+    del text["pixel_values"]
+    named = [{**batch, "source": [name] * 4} for batch, name in zip(probe, names, strict=True)]
+    result = evaluate_mir(model, [*named, {**text, "source": ["text"] * 4}], interval=True, check=True)
+    assert result.sources.keys() == {"captions", "pages"}  # text alone has no vision tokens
+    for name, found in result.sources.items():
+        alone = evaluate_mir(model, [batch for batch, own in zip(probe, names, strict=True) if own == name])
+        assert found == (alone.mir, alone.loss)
+    assert evaluate_mir(model, [{**batch, "source": ["pages"] * 4} for batch in probe]).sources == {}
+    mixed = [{**batch, "source": ["pages", "captions"] * 2} for batch in probe]
+    assert evaluate_mir(model, mixed).sources == {}
+
+
 def test_influences_of_two_ranks_are_those_of_one():
     influence, error = _influence_on(0, 1)
     for found in run_on_ranks(_influence_on, 2):

@@ -25,6 +25,7 @@ from mir_lightning.probing.choices.items import IMAGE, ChoiceItem
 from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.choices.scores import CandidateScorer, Forward
 from mir_lightning.probing.isolation import leave_no_trace
+from mir_lightning.probing.pairs import Pair
 from mir_lightning.probing.ranks import fit_into_memory, run_items
 from mir_lightning.vlm import find_entrance, find_vlm
 
@@ -59,6 +60,19 @@ class FewShotResult:
     answers: dict[int, list[str]]
     fingerprint: str
     seconds: float
+
+
+def pair_items(pairs: Iterable[Pair]) -> list[ChoiceItem]:
+    """Pairs asked as MM1 does: for an answer, after its question, or for a caption, where there is no question."""
+    items = []
+    for number, (pair, (asked, *said)) in enumerate((pair, pair.turns) for pair in pairs):
+        question = asked if said else ""
+        task = "question" if question else "caption"
+        prompt = QUESTION_PROMPT.format(question=question) if question else CAPTION_PROMPT
+        first = IMAGE * (len(pair.images) - 1)
+        answer = said[0] if said else asked
+        items.append(ChoiceItem(f"pair {number}", first + prompt, answer, (), task, "in context", pair.images))
+    return items
 
 
 class FewShotProbe:
