@@ -1,12 +1,13 @@
 """Faults planted in runs of the recipe, to see which readings tell of them.
 
-    python -m tests.recipes.faults runs/faults
+    python -m tests.recipes.faults runs/faults [--seeds 0] [--clean 0 1 2 3 4] [--precision 32-true]
 
-trains a small LLaVA from random weights on drawn shapes, clean with five seeds and once with each fault, and
+trains a small LLaVA from random weights on drawn shapes, clean with some seeds and with each fault, and
 prints alarms and readings. In a run of your own: ``--trainer.callbacks+=tests.recipes.faults.Planted
 --trainer.callbacks.fault=shuffled``.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -98,16 +99,25 @@ def small_run(root: Path, name: str, seed: int, fault: Fault | None, steps: int 
     }
 
 
-def main(root: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="of the runs with faults")
+    parser.add_argument("--clean", type=int, nargs="*", default=range(5), help="seeds of the clean runs")
+    parser.add_argument("--precision", default="32-true")
+    options = parser.parse_args()
+    root: Path = options.root
     save_small_vlm(root / "vlm")
-    runs: list[tuple[str, int, Fault | None]] = [(f"clean, seed {seed}", seed, None) for seed in range(5)]
-    runs += [(fault, 0, fault) for fault in get_args(Fault)]
+    runs: list[tuple[str, int, Fault | None]] = [(f"clean, seed {seed}", seed, None) for seed in options.clean]
+    runs += [(f"{fault}, seed {seed}", seed, fault) for fault in get_args(Fault) for seed in options.seeds]
     for name, seed, fault in runs:
-        (file := root / f"{name}.yaml").write_text(yaml.safe_dump(small_run(root, name, seed, fault)))
+        config = small_run(root, name, seed, fault)
+        config["trainer"]["precision"] = options.precision
+        (file := root / f"{name}.yaml").write_text(yaml.safe_dump(config))
         command = [sys.executable, str(ROOT / "recipes" / "llava_pretrain.py"), "fit", "--config", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         print(name, *(line for line in done.stderr.splitlines() if ": step " in line), done.stdout, sep="\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

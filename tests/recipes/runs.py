@@ -9,6 +9,19 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
+_BY_SOURCE = ("train_sources/", "train_share/", "mir_sources/", "image_gain_sources/")
+
+
+MIXTURE = {
+    "class_path": "Mixture",
+    "init_args": {
+        "sources": [
+            {"name": kind, "source": {"class_path": "Shapes", "init_args": {"kind": kind}}}
+            for kind in ("captions", "interleaved", "text")
+        ]
+    },
+}
+"""Captions, documents and texts of drawn shapes, as MM1 mixes them."""
 
 
 def small_config(vlm, folder, *strikes, data=None):
@@ -64,11 +77,11 @@ def start(tmp_path, config):
 
 
 def curves_of(folder):
-    """Loss and MIR by step; where a step was run again, all its values."""
+    """Loss and MIR by step, over all and by source; where a step was run again, all its values."""
     curves = {}
     for file in sorted(folder.glob("csv/version_*/metrics.csv")):
         for row in csv.DictReader(file.open()):
-            for name in ("train/loss", "mir", "mir_probe/loss"):
-                if row.get(name):
+            for name in row:
+                if row[name] and (name in ("train/loss", "mir", "mir_probe/loss") or name.startswith(_BY_SOURCE)):
                     curves.setdefault((name, int(row["step"])), set()).add(row[name])
     return curves

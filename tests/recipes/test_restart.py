@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.models import save_tiny_llava
-from tests.recipes.runs import curves_of, small_config, start
+from tests.recipes.runs import MIXTURE, curves_of, small_config, start
 from tests.shards import write_shards
 
 
@@ -19,11 +19,12 @@ def vlm(tmp_path_factory, tiny_processor):
 
 @pytest.mark.parametrize(
     ("data", "preempted_at"),
-    [("drawn", 6), pytest.param("shards", 5, marks=pytest.mark.slow)],  # 5: where an epoch ends
+    [("mixture", 6), pytest.param("shards", 5, marks=pytest.mark.slow)],  # 5: where an epoch ends
 )
 def test_a_run_that_is_killed_and_preempted_equals_one_that_is_not(tmp_path, vlm, data, preempted_at):
     folder = str(write_shards(tmp_path / "shards")) if data == "shards" else None
-    source = {"source": {"class_path": "Shards", "init_args": {"folder": folder}}} if folder else {}
+    source = {"source": {"class_path": "Shards", "init_args": {"folder": folder}} if folder else MIXTURE}
+    source |= {} if folder else {"pack": True, "max_length": 256}
     whole, struck = tmp_path / "whole", tmp_path / "struck"
     whole.mkdir()
     struck.mkdir()
@@ -43,6 +44,7 @@ def test_a_run_that_is_killed_and_preempted_equals_one_that_is_not(tmp_path, vlm
     finished = start(struck, config)
     assert finished.returncode == 0, finished.stderr
     assert curves_of(struck) == curves_of(whole)
+    assert folder or {"train_share/text", "mir_sources/interleaved"} <= {name for name, _ in curves_of(whole)}
     assert {step for name, step in curves_of(whole) if name == "mir"} == {0, 2, 4, 6, 8, 10}
     states = [AutoModelForImageTextToText.from_pretrained(f / "model").state_dict() for f in (whole, struck)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -31,6 +31,7 @@ from mir_lightning.llava.model.stages import (
     freeze_all_but,
     optimizer_groups,
 )
+from mir_lightning.llava.trainer import between_steps
 from mir_lightning.moca import inject_moca, moca_statistics
 from mir_lightning.moca.inject import CONFIG_FLAG as MOCA_FLAG
 from mir_lightning.vlm import token_masks
@@ -123,6 +124,7 @@ class LlavaPretraining(pl.LightningModule):
         self._tokens = 0  # of the stage in progress, where it goes by them
         self._groups: list[Group] = []
         self._counted: dict[str, Tensor] = {}
+        self._losses = torch.zeros(())  # by source, of the step in progress
 
     def configure_model(self) -> None:
         """Build the model once, frozen but for the first stage."""
@@ -198,23 +200,30 @@ class LlavaPretraining(pl.LightningModule):
         if (self.trainer.global_step + 1) % every == 0:
             if self.moca:
                 self.log_dict(moca_statistics(self.vlm))
-            self._log_sources(batch, output.logits.detach())
+            if "source" in batch:
+                self._log_sources(batch, output.logits.detach(), batch_idx)
         return loss
 
-    def _log_sources(self, batch: Mapping[str, Any], logits: Tensor) -> None:
-        """Of a mixture, this batch's loss by source, and the shares of the samples so far, over all ranks."""
+    def _log_sources(self, batch: Mapping[str, Any], logits: Tensor, batch_idx: int) -> None:
+        """Of a mixture, the step's loss by source, and the shares of the samples so far, over all ranks.
+
+        Straight to the loggers: Lightning would repeat the value of a source that a step has no sample of.
+        """
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = getattr(data, "source_names", [])
-        if not names:
+        names = data.source_names
+        self._losses = source_losses(batch, logits, names) + self._losses
+        if not between_steps(self.trainer, batch_idx):
             return
         drawn = torch.tensor([data.drawn[name] for name in names], dtype=torch.float64, device=logits.device)
-        counts = torch.cat([source_losses(batch, logits, names), drawn[:, None]], dim=1)
+        counts, self._losses = torch.cat([self._losses, drawn[:, None]], dim=1), torch.zeros(())
         losses, tokens, samples = self.trainer.strategy.reduce(counts, reduce_op="sum").unbind(dim=1)
-        shares = samples / samples.sum()
-        for name, loss, count, share in zip(names, losses, tokens, shares, strict=True):
-            self.log(f"train_share/{name}", share)
-            if count:
-                self.log(f"train_sources/{name}", loss / count)
+        shares, means = samples / samples.sum(), losses / tokens
+        row = {f"train_share/{name}": share for name, share in zip(names, shares.tolist(), strict=True)}
+        row |= {
+            f"train_sources/{name}": mean for name, mean in zip(names, means.tolist(), strict=True) if mean == mean
+        }
+        for logger in self.loggers:
+            logger.log_metrics(row, step=self.trainer.global_step)
 
     @property
     def flops_per_batch(self) -> float | None:
