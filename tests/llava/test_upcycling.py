@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -27,11 +28,14 @@ from transformers import (
 
 from mir_lightning import MIRCallback, Probe
 from mir_lightning.llava.model.backbones import ModelSource
+from mir_lightning.llava.model.experts import find_routers, recording, router_losses
 from mir_lightning.llava.model.module import LlavaPretraining, LoraOptions
-from mir_lightning.llava.model.saving import export
-from mir_lightning.llava.model.stages import Part, Stage
+from mir_lightning.llava.model.saving import export, gathered
+from mir_lightning.llava.model.sharding import shard
+from mir_lightning.llava.model.stages import Part, Stage, freeze_all_but
 from mir_lightning.llava.model.upcycling import Upcycling, upcycle
-from tests.models import IMAGE_TOKEN, tiny_batch
+from tests.distributed import run_on_ranks
+from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 
 SIZE = {
     "hidden_size": 24,
@@ -245,3 +249,30 @@ def test_it_is_trained_measured_resumed_exported_and_loaded(parts, tmp_path, tra
     with torch.no_grad():
         expected = module.vlm.eval()(**batch).logits
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def _gradients(rank, world, text):
+    vlm = tiny_llava(text=text)
+    if world > 1:
+        shard(vlm, init_device_mesh("cpu", (world,)))
+    freeze_all_but(vlm, Stage([Part("llm", 1.0)]))
+    batch = tiny_batch()
+    with recording(find_routers(vlm)) as logits:
+        loss = vlm(**batch).loss
+    sum(router_losses(logits, 2, batch["attention_mask"]), loss).backward()
+    whole = gathered(vlm)
+    learning = {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
+    weights = None if whole is None else {name: p.detach() for name, p in whole.named_parameters()}
+    return {name: g.full_tensor() if world > 1 else g for name, g in learning.items()}, weights
+
+
+def test_sharded_over_two_processes_it_learns_the_same():
+    """Its empty tensors too, which torch cannot gather."""
+    text = upcycle(_dense("tied"), Upcycling(4)).config
+    expected, weights = _gradients(0, 1, text)
+    (found, whole), _ = run_on_ranks(_gradients, 2, text)
+    assert found.keys() == expected.keys()
+    assert whole.keys() == weights.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+    assert all(torch.equal(whole[name], weight) for name, weight in weights.items())
