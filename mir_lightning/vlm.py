@@ -349,7 +349,7 @@ _BEHIND_THE_FEATURES = re.compile(r"\.(post_layernorm|layernorm|head|pooler)\.")
 def parameters_of(
     vlm: PreTrainedModel, part: PartName, layers: str | None = None, required: bool = True
 ) -> dict[str, nn.Parameter]:
-    """Parameters of a part of a model by their names in it; those that no gradient can reach are left out.
+    """Parameters of a part of a model by their names in it, but empty ones and those that no gradient can reach.
 
     Args:
         vlm: the model.
@@ -364,7 +364,8 @@ def parameters_of(
     owned = {
         name: parameter
         for name, parameter in vlm.named_parameters()
-        if part == next(owner for owner, (pattern, _) in _PARTS.items() if re.match(pattern, name))
+        if parameter.numel()
+        and part == next(owner for owner, (pattern, _) in _PARTS.items() if re.match(pattern, name))
     }
     if part == "vision" and owned:
         owned = _up_to_the_features(vlm, layers, owned)

@@ -7,7 +7,14 @@ IMAGE_TOKEN = 3
 
 
 def tiny_llava(
-    seed=0, layers=3, dropout=0.0, vocab_size=64, image_token=IMAGE_TOKEN, vision_layers=2, feature_layer=-1
+    seed=0,
+    layers=3,
+    dropout=0.0,
+    vocab_size=64,
+    image_token=IMAGE_TOKEN,
+    vision_layers=2,
+    feature_layer=-1,
+    text=None,
 ):
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
@@ -18,7 +25,7 @@ def tiny_llava(
         image_size=12,
         patch_size=4,
     )
-    text = LlamaConfig(
+    text = text or LlamaConfig(
         hidden_size=24,
         intermediate_size=48,
         num_hidden_layers=layers,

@@ -49,7 +49,7 @@ def stage_table(vlm: PreTrainedModel, stage: Stage) -> str:
         row = ["-", "-", "-"]
         if part := parts.get(module):
             trainable = _count(vlm, module, part.layers)
-            row = [part.layers or "all", f"{part.lr:g}", f"{part.weight_decay:g}"]
+            row = [part.layers or "all", f"{part.lr:g}", f"{part.weight_decay or 0:g}"]
         if total:
             rows.append([module, row[0], f"{total:,}", f"{trainable:,}", *row[1:]])
     return text_table(("module", "layers", "parameters", "trainable", "lr", "weight decay"), rows)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mir_lightning.callbacks.schedule import tokens_of
 from mir_lightning.llava.data.packing import samples_of
+from mir_lightning.llava.model.experts import expert_matrices
 from mir_lightning.llava.model.stages import Stage, optimizer_groups
 from mir_lightning.llava.trainer import between_steps, probing_callbacks
 from mir_lightning.vlm import parameters_of
@@ -67,24 +68,28 @@ class Throughput(ThroughputMonitor):
 def training_flops(vlm: PreTrainedModel) -> Callable[[Mapping[str, Tensor], Tensor], float]:
     """Floating-point operations by batch (its padding left out) and boolean mask of its vision positions.
 
-    Forward and backward, without recomputation, of a dense model with a transformer encoder, as far as it learns.
+    Forward and backward, without recomputation, of a model with a transformer encoder, as far as it learns.
     A matrix of P weights takes 2P a token in the forward pass, 2P where a gradient passes through it, 2P where it
     learns; attention 4 times the width a layer, token and position, twice again for its gradient (PaLM, arXiv
-    2204.02311, appendix B). Gradients are taken to pass through the whole LLM, and an encoder that learns.
+    2204.02311, appendix B). Gradients are taken to pass through the whole LLM, and an encoder that learns. Of
+    experts those count that a token goes through.
     """
     vision = {id(p) for p in parameters_of(vlm, "vision").values()}
     encoder_learns = any(p.requires_grad for p in vlm.parameters() if id(p) in vision)
     head = vlm.get_output_embeddings().weight
     embeddings = {id(module.weight) for module in vlm.modules() if isinstance(module, nn.Embedding)} - {id(head)}
+    config = vlm.config.get_text_config(decoder=True)
+    experts = expert_matrices(vlm)
     a_token = a_prediction = a_patch = 0.0
     for parameter in vlm.parameters():
         of_encoder = id(parameter) in vision
         cost = parameter.numel() * (2 + 2 * (encoder_learns or not of_encoder) + 2 * parameter.requires_grad)
+        if id(parameter) in experts:
+            cost *= config.num_experts_per_tok / len(parameter)
         if parameter is head:
             a_prediction += cost
         elif parameter.ndim > 1 and id(parameter) not in embeddings:
             a_patch, a_token = (a_patch + cost, a_token) if of_encoder else (a_patch, a_token + cost)
-    config = vlm.config.get_text_config(decoder=True)
     attention = 3 * 4 * config.num_hidden_layers * config.hidden_size
 
     def of_batch(batch: Mapping[str, Tensor], vision_mask: Tensor) -> float:

@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig
 
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.llava.costs import Throughput, training_flops, training_memory
@@ -35,6 +36,20 @@ def test_operations_of_a_step_are_those_that_torch_counts(parts):
     vision = token_masks(model.config, batch, "all").vision
     ours = training_flops(model)({**batch, "labels": labels}, vision)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_of_experts_those_count_that_a_token_goes_through():
+    """As many as in the dense model with an MLP as wide as two experts, but for the routers and what is beside."""
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+    text = {"mixture": MixtralConfig(**size, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2)}
+    text["dense"] = MixtralConfig(**size, intermediate_size=128, num_local_experts=1, num_experts_per_tok=1)
+    batch, flops = tiny_batch(), {}
+    for name, config in text.items():
+        model = tiny_llava(text=config)
+        freeze_all_but(model, Stage([Part("llm", 1.0)]))
+        flops[name] = training_flops(model)(batch, token_masks(model.config, batch, "all").vision)
+    routers = 2 * (8 - 1) * 64 * 6 * batch["attention_mask"].sum().item()
+    assert flops["mixture"] == pytest.approx(flops["dense"] + routers)
 
 
 def test_waiting_is_counted_and_not_working(tmp_path):
@@ -99,9 +114,12 @@ def test_the_time_of_probes_counts_neither_as_training_nor_as_waiting(tmp_path, 
 PROJECTOR, EVERYTHING = (Part("projector", 1e-3),), (Part("projector", 1e-3), Part("llm", 1e-3))
 
 
-def test_equals_what_training_allocates():
+@pytest.mark.parametrize(
+    "text", [None, MixtralConfig(hidden_size=32, intermediate_size=8, num_hidden_layers=2, vocab_size=64)]
+)
+def test_equals_what_training_allocates(text):
     """Weights, gradients and both moments of AdamW, counted after a step."""
-    vlm = tiny_llava()
+    vlm = tiny_llava(text=text)
     for stages in ([Stage(PROJECTOR)], [Stage(PROJECTOR, steps=1), Stage(EVERYTHING)]):
         memory = training_memory(vlm, stages)
         learning = [

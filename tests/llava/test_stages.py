@@ -250,7 +250,7 @@ def test_the_table_a_person_reads(folder):
     ("make", "message"),
     [
         (lambda: Part("encoder", 1e-3), "module must be one of"),
-        (lambda: Part("llm", 0), "lr of llm must be above 0, got 0"),
+        (lambda: Part("llm", 0), 'lr of llm must be above 0, or "mm1", got 0'),
         (lambda: Part("llm", 1, weight_decay=-1), "weight_decay of llm must be 0 or more"),
         (lambda: Part("projector", 1, "1:"), "layers can be chosen of vision and llm, not of projector"),
         (lambda: Part("llm", 1, "12"), 'must be a slice such as "12:"'),

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProc
 from transformers.modeling_outputs import BaseModelOutput
 
 from mir_lightning.llava.model.connector import connect
+from mir_lightning.llava.model.upcycling import Upcycling, upcycle
 
 _IMAGE_TOKEN = "<file_sep>"  # reserved and unused in SmolLM2's vocabulary, so no embedding has to grow
 _INSTALL = (
@@ -62,12 +63,17 @@ transformers.AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNet
 transformers.AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)
 
 
-def build_packaged_llava() -> LlavaForConditionalGeneration:
-    """SmolLM2-135M-Instruct and EfficientNet-Lite0, real weights, with an untrained LLaVA projector; float32."""
+def build_packaged_llava(upcycling: Upcycling | None = None) -> LlavaForConditionalGeneration:
+    """SmolLM2-135M-Instruct and EfficientNet-Lite0, real weights, with an untrained LLaVA projector; float32.
+
+    With ``upcycling`` the LLM is made a mixture of experts.
+    """
     files = _smollm2()
-    llm = transformers.AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
+    llm: Any = transformers.AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
     del llm.config.quantization_config  # the weights are plain float32 from here on
     llm.config.name_or_path = "SmolLM2-135M-Instruct"
+    if upcycling is not None:
+        llm = upcycle(llm, upcycling)
     image_token = AutoTokenizer.from_pretrained(**files).get_vocab()[_IMAGE_TOKEN]
     model = connect(llm, build_packaged_vision(), image_token, layer=-1, select="full")
     # Images say nothing until trained to: with a random output layer the start is a lottery at this size, by the

@@ -10,6 +10,7 @@ from transformers import AutoConfig, LlavaProcessor, PreTrainedConfig, PreTraine
 from mir_lightning.llava.demo.weights import build_packaged_llava, build_packaged_processor
 from mir_lightning.llava.model.connector import FeatureSelect, connect, extra_features
 from mir_lightning.llava.model.saving import load_processor, load_vlm, load_whole
+from mir_lightning.llava.model.upcycling import Upcycling, upcycle
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ModelSource:
         feature_select: ``"default"`` drops the first feature (CLS), if the encoder has one; ``"full"`` keeps all.
         attention: implementation, ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``.
         connector: between the two; LLaVA's ``"mlp"``, or one of your own.
+        upcycle: make a mixture of experts of the dense LLM.
     """
 
     llm: str | None = None
@@ -35,12 +37,15 @@ class ModelSource:
     feature_select: FeatureSelect = "default"
     attention: str = "sdpa"
     connector: str = "mlp"
+    upcycle: Upcycling | None = None
 
     def __post_init__(self) -> None:
         if self.vlm is not None and (self.llm or self.vision):
             raise ValueError("model: give vlm, or llm and vision, not both; set what a config gives to null.")
         if (self.llm is None) != (self.vision is None):
             raise ValueError(f"model: llm and vision go together, got llm={self.llm!r}, vision={self.vision!r}.")
+        if self.vlm is not None and self.upcycle is not None:
+            raise ValueError("model: upcycle is of an llm, not of a whole vlm; set one of them to null.")
 
 
 def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedModel:
@@ -49,10 +54,12 @@ def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedMod
     if source.vlm is not None:
         return load_vlm(source.vlm, **options)
     if source.llm is None or source.vision is None:
-        return build_packaged_llava()
+        return build_packaged_llava(source.upcycle)
     llm = load_whole(transformers.AutoModelForCausalLM, source.llm, **options)
     if len(processor.tokenizer) > llm.config.vocab_size:
         llm.resize_token_embeddings(len(processor.tokenizer))
+    if source.upcycle is not None:
+        llm = upcycle(llm, source.upcycle)
     config = _vision_config(source.vision)
     encoder: Any = transformers.MODEL_MAPPING[type(config)]
     vision = load_whole(encoder, source.vision, parts=True, config=config, **options)

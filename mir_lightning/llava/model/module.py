@@ -21,6 +21,15 @@ from mir_lightning.llava.console import stage_table
 from mir_lightning.llava.costs import training_flops, training_memory
 from mir_lightning.llava.data.packing import source_losses
 from mir_lightning.llava.model.backbones import ModelSource, build_model, build_processor
+from mir_lightning.llava.model.experts import (
+    Router,
+    RouterLosses,
+    expert_load,
+    find_routers,
+    recording,
+    router_losses,
+)
+from mir_lightning.llava.model.mm1 import resolved
 from mir_lightning.llava.model.saving import load_part
 from mir_lightning.llava.model.sharding import shard
 from mir_lightning.llava.model.stages import (
@@ -74,6 +83,7 @@ class LlavaPretraining(pl.LightningModule):
         lora: adapters in the LLM, for stages that train ``lora``.
         moca: calibrate the vision tokens after every decoder layer (MIR paper, MoCa); it trains in every stage.
         moca_lr: peak learning rate of MoCa in stages that do not name it.
+        router: losses of the routers of a mixture of experts; null for none.
         parts: files of an earlier run's export to start from: ``projector.safetensors``, ``moca.safetensors``,
             ``adapter/adapter_model.safetensors``.
         gradient_checkpointing: recompute the LLM's layers in the backward pass, for memory.
@@ -91,6 +101,7 @@ class LlavaPretraining(pl.LightningModule):
         lora: LoraOptions | None = None,
         moca: bool = False,
         moca_lr: float = 1e-3,
+        router: RouterLosses | None = RouterLosses(),
         parts: Sequence[Path] = (),
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -115,6 +126,7 @@ class LlavaPretraining(pl.LightningModule):
         self.moca = moca
         self.warmup_ratio = warmup_ratio
         self.lora = lora
+        self.router = router
         self.parts = parts
         self.gradient_checkpointing = gradient_checkpointing
         self.compiles = compile
@@ -123,6 +135,7 @@ class LlavaPretraining(pl.LightningModule):
         self._starts = [0]  # step at which each stage so far began
         self._tokens = 0  # of the stage in progress, where it goes by them
         self._groups: list[Group] = []
+        self._routers: list[Router] = []
         self._counted: dict[str, Tensor] = {}
         self._losses = torch.zeros(())  # by source, of the step in progress
 
@@ -143,10 +156,14 @@ class LlavaPretraining(pl.LightningModule):
             checkpoint_layers(self.vlm)
         if self.compiles:
             self.vlm.compile()
+        self.stages = resolved(self.vlm, self.stages)
         mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
         if mesh is not None:
             shard(self.vlm, mesh)
         self._groups = optimizer_groups(self.vlm, self.stages)
+        self._routers = [] if self.router is None else find_routers(self.vlm)
+        if self._routers:
+            self.vlm.config.get_text_config(decoder=True).output_router_logits = False  # it would add a loss itself
         memory = training_memory(self.vlm, self.stages, 1 if mesh is None else mesh.size())
         rank_zero_info(f"memory     {memory}")
         freeze_all_but(self.vlm, self.stages[0])
@@ -184,24 +201,29 @@ class LlavaPretraining(pl.LightningModule):
         rank_zero_info(f"{which}\n{stage_table(self.vlm, stage)}")
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of the labelled tokens; over the ranks together, each token weighs the same."""
+        """Cross-entropy of the labelled tokens, which is logged, and the routers' losses.
+
+        Over the ranks together, each labelled token weighs the same in the one, and each token in the others.
+        """
         flash = "flash" in str(self.vlm.config._attn_implementation)
-        output = self.vlm(**model_inputs(batch, flash), use_cache=False)
-        loss = output.loss
+        with recording(self._routers) as routed:
+            output = self.vlm(**model_inputs(batch, flash), use_cache=False)
+        loss, (share, router_share) = output.loss, torch.ones(2)
         if self.trainer.world_size > 1:
-            labelled = (batch["labels"][:, 1:] != -100).sum().float()
-            loss = loss * labelled / self.trainer.strategy.reduce(labelled.clone(), reduce_op="mean")
+            counts = torch.stack([(batch["labels"][:, 1:] != -100).sum(), batch["attention_mask"].sum()]).float()
+            share, router_share = counts / self.trainer.strategy.reduce(counts.clone(), reduce_op="mean")
+        loss = loss * share
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        if routed:
+            loss = loss + self._router_loss(routed, batch["attention_mask"], router_share)
         if self.stages[self.stage].tokens is not None:
             tokens = torch.tensor(tokens_of(batch), device=self.device)
             self._tokens += int(self.trainer.strategy.reduce(tokens, reduce_op="sum"))
         self._counted = {name: batch[name] for name in _COUNTED if name in batch}
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.trainer.global_step + 1) % every == 0:
-            if self.moca:
-                self.log_dict(moca_statistics(self.vlm))
-            if "source" in batch:
-                self._log_sources(batch, output.logits.detach(), batch_idx)
+        if self.moca and self._logs_this_step:
+            self.log_dict(moca_statistics(self.vlm))
+        if "source" in batch and self._logs_this_step:
+            self._log_sources(batch, output.logits.detach(), batch_idx)
         return loss
 
     def _log_sources(self, batch: Mapping[str, Any], logits: Tensor, batch_idx: int) -> None:
@@ -224,6 +246,22 @@ class LlavaPretraining(pl.LightningModule):
         }
         for logger in self.loggers:
             logger.log_metrics(row, step=self.trainer.global_step)
+
+    @property
+    def _logs_this_step(self) -> bool:
+        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+    def _router_loss(self, logits: Sequence[Tensor], attention_mask: Tensor, share: Tensor) -> Tensor | float:
+        """Weighted sum; 0 in stages without the LLM: tokens are not bent to suit frozen routers."""
+        assert self.router is not None
+        top_k = self.vlm.config.get_text_config(decoder=True).num_experts_per_tok
+        balance, z = (each * share for each in router_losses(logits, top_k, attention_mask))
+        self.log_dict({"train/router_balance": balance, "train/router_z": z}, sync_dist=True)
+        if self._logs_this_step:
+            self.log_dict(expert_load(self._routers, logits, top_k, attention_mask), sync_dist=True)
+        if not any(part.module in ("llm", "lora") for part in self.stages[self.stage].train):
+            return 0.0
+        return self.router.balance * balance + self.router.z * z
 
     @property
     def flops_per_batch(self) -> float | None:

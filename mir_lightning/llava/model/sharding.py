@@ -50,6 +50,6 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all de
 
 def shard(vlm: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Share the parameters over the mesh, gathered for a forward or backward pass one decoder layer at a time."""
-    for layer in find_decoder(vlm).layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(vlm, mesh=mesh)
+    empty = {parameter for parameter in vlm.parameters() if not parameter.numel()}  # torch cannot gather them
+    for layer in (*find_decoder(vlm).layers, vlm):
+        fully_shard(layer, mesh=mesh, ignored_params=empty)

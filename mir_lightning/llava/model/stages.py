@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,22 +22,23 @@ class Part:
     Args:
         module: ``"projector"``, ``"vision"`` (the encoder), ``"llm"``, ``"lora"`` (adapters in the LLM) or
             ``"moca"``.
-        lr: peak learning rate.
+        lr: peak learning rate, or ``"mm1"``: MM1's, by the size of the LLM
+            (:func:`~mir_lightning.llava.model.mm1.mm1_rate`).
         layers: Python slice of the encoder's or the LLM's layers, ``"12:"`` from the 13th on, ``":16"`` the first
             16; None for the whole module, with embeddings, final norm and output head.
-        weight_decay: of its matrices; norms, biases and MoCa get none.
+        weight_decay: of its matrices; norms, biases and MoCa get none. By default 0, or a tenth of MM1's rate.
     """
 
     module: PartName
-    lr: float
+    lr: float | Literal["mm1"]
     layers: str | None = None
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("module", self.module, PartName)
-        if self.lr <= 0:
-            raise ValueError(f"lr of {self.module} must be above 0, got {self.lr}.")
-        if self.weight_decay < 0:
+        if self.lr != "mm1" and (isinstance(self.lr, str) or self.lr <= 0):
+            raise ValueError(f'lr of {self.module} must be above 0, or "mm1", got {self.lr}.')
+        if (self.weight_decay or 0) < 0:
             raise ValueError(f"weight_decay of {self.module} must be 0 or more, got {self.weight_decay}.")
         if self.layers is not None and self.module not in ("vision", "llm"):
             raise ValueError(f"layers can be chosen of vision and llm, not of {self.module}.")
@@ -128,7 +129,7 @@ class Group:
     def weight_decay(self, stage: int) -> float:
         """In a stage."""
         part = self.parts[stage]
-        return part.weight_decay if part is not None and self.decays else 0.0
+        return part.weight_decay or 0.0 if part is not None and self.decays else 0.0
 
     def lr(self, step: int, starts: Sequence[int], warmup: int, total: int) -> float:
         """Learning rate after so many steps of a run: linear warm-up from where the group joins, one cosine.
@@ -144,7 +145,7 @@ class Group:
             joined -= 1
         rise = min(1.0, (step - starts[joined]) / warmup) if warmup else 1.0
         progress = max(0, step - warmup) / max(1, total - warmup)
-        return part.lr * rise * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return float(part.lr) * rise * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 def optimizer_groups(vlm: PreTrainedModel, stages: Sequence[Stage]) -> list[Group]:
