@@ -50,7 +50,7 @@ def test_two_processes_give_the_curve_of_one_through_a_change_of_stage(tmp_path,
     curves, expected = _curves(tmp_path), _curves(alone)
     assert curves.keys() == expected.keys()
     assert {step for name, step in curves if name == "train/loss"} == set(range(5))
-    assert curves == pytest.approx(expected, rel=1e-5)
+    assert curves == pytest.approx(expected, rel=1e-5, abs=1e-6)  # gains are differences of losses
     models = [AutoModelForImageTextToText.from_pretrained(f / "model").state_dict() for f in (tmp_path, alone)]
     assert models[0].keys() == models[1].keys()
     for name, tensor in models[0].items():
@@ -66,4 +66,4 @@ def test_two_processes_that_are_preempted_in_the_second_stage_go_on(tmp_path, vl
     finished = _start(tmp_path, config)
     assert finished.returncode == 0, finished.stderr
     assert "going on from" in finished.stderr
-    assert _curves(tmp_path) == pytest.approx(_curves(alone), rel=1e-5)
+    assert _curves(tmp_path) == pytest.approx(_curves(alone), rel=1e-5, abs=1e-6)
