@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitImageProcessorPil,
+    Dinov2Model,
+    LlavaNextForConditionalGeneration,
+)
 
 from mir_lightning import Probe, evaluate_image_gain, evaluate_mir
 from mir_lightning.llava.data.batches import ConversationCollator
@@ -12,14 +19,13 @@ from mir_lightning.llava.data.source import Sample
 from mir_lightning.llava.demo.weights import EfficientNetLiteConfig, build_packaged_vision
 from mir_lightning.llava.model.backbones import ModelSource, build_model, build_processor
 from mir_lightning.llava.model.module import LlavaPretraining
-from mir_lightning.llava.model.resolution import check_multiple, made_size, resize_encoder
+from mir_lightning.llava.model.resolution import check_multiple, made_size
 from mir_lightning.llava.model.saving import export
 from mir_lightning.probing import ChoiceProbe, evaluate_choices
 from mir_lightning.vlm import parameters_of, token_masks
 from tests.items import item, picture
-from tests.llava.test_backbones import parts  # noqa: F401  a fixture
 
-SIZES = ((16, 16), (40, 16), (16, 24), (9, 30))
+SIZES = ((16, 16), (40, 16), (16, 24), (9, 30), (16, 16))
 
 
 def _source(parts, vision, **options):
@@ -69,12 +75,11 @@ def test_what_is_cropped_keeps_its_share(parts):
 
 def test_an_encoder_follows_its_image_processor(parts, tmp_path):
     """The hub's DINOv2 was trained on 518 pixels, and its image processor makes 224."""
-    source = _source(parts, "dinov2", connector="avg_pool", visual_tokens=9)
-    processor = AutoProcessor.from_pretrained(parts / "dinov2", crop_size={"height": 24, "width": 24})
-    processor.size = {"shortest_edge": 24}
-    build_model(source, build_processor(_source(parts, "dinov2"))).model.vision_tower.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    source = ModelSource(llm=source.llm, vision=str(tmp_path), connector="avg_pool", visual_tokens=9)
+    Dinov2Model.from_pretrained(parts / "dinov2").save_pretrained(tmp_path)
+    BitImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(
+        tmp_path
+    )
+    source = ModelSource(llm=str(parts / "llama"), vision=str(tmp_path), connector="avg_pool", visual_tokens=9)
     processor = build_processor(source)
     model = build_model(source, processor)
     assert token_masks(model.config, _batch(processor), "all").vision.sum() == 9 * len(SIZES)
@@ -93,12 +98,17 @@ def test_sizes_that_cannot_be(parts):
 
 
 def test_the_packaged_encoder_sees_any_multiple_of_its_stride():
-    small, usual = build_packaged_vision(128), build_packaged_vision()
+    encoder = build_packaged_vision(128)
+    assert encoder.config.image_size == 128
+    net = EfficientNet.from_name("efficientnet-lite0", image_size=128)  # whose paddings are made for this size
+    net._fc = torch.nn.Identity()
+    net.load_state_dict(encoder.net.state_dict())
     pixels = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
-        features = small(pixels).last_hidden_state
-        assert features.shape == (1, 16, 1280)
-        assert torch.equal(features, resize_encoder(usual, 128)(pixels).last_hidden_state)
+        features = encoder(pixels).last_hidden_state
+        expected = net.eval().extract_features(pixels).flatten(2).transpose(1, 2)
+    assert features.shape == (1, 16, 1280)
+    assert torch.equal(features, torch.nn.functional.layer_norm(expected, (1280,)))
     with pytest.raises(ValueError, match="patch of 32 pixels, got 150: 128 or 160 would do"):
         check_multiple(150, EfficientNetLiteConfig().patch_size)
 
@@ -113,10 +123,10 @@ def test_tiles_are_a_llava_next(parts, vision, tmp_path):
     batch = _batch(processor)
     mask = token_masks(model.config, batch, "all").vision
     # Patches of the whole, of the tiles but for their padding, and a newline a row; tiles in rows x columns.
-    assert mask.sum(dim=1).tolist() == [4 + 2 * 2 + 2, 4 + 2 * 6 + 2, 4 + 2 * 4 + 2, 4 + 6 * 2 + 6]
+    assert mask.sum(dim=1).tolist() == [4 + 2 * 2 + 2, 4 + 2 * 6 + 2, 4 + 4 * 2 + 4, 4 + 6 * 2 + 6, 10]
     assert batch["pixel_values"].shape[1] == 1 + 3
     assert evaluate_mir(model.eval(), Probe([batch]), check=True).mir > 0
-    assert evaluate_image_gain(model, Probe([batch])).gain is not None
+    assert evaluate_image_gain(model, Probe([batch])).gain != 0
     asked = ChoiceProbe(
         [item("one", "<image>Colour? Answer:", "red", "blue", images=[picture(0, 40, 16)])], processor
     )

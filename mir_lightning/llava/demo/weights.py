@@ -77,7 +77,7 @@ def build_packaged_llava(
     llm = transformers.AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
     del llm.config.quantization_config  # the weights are plain float32 from here on
     llm.config.name_or_path = "SmolLM2-135M-Instruct"
-    image_token = AutoTokenizer.from_pretrained(**files).get_vocab()[_IMAGE_TOKEN]
+    image_token = AutoTokenizer.from_pretrained(**files).convert_tokens_to_ids(_IMAGE_TOKEN)
     vision = build_packaged_vision(image_size)
     joint = llava_config(llm.config, vision.config, image_token, -1, "full", connector, visual_tokens, tiles)
     model = connect(llm, vision, joint)

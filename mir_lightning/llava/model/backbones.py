@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, LlavaProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mir_lightning.llava.demo.weights import build_packaged_llava, build_packaged_processor
 from mir_lightning.llava.model.connector import FeatureSelect, connect, llava_config, llava_processor
@@ -30,9 +30,9 @@ class ModelSource:
         attention: implementation, ``"sdpa"``, ``"flash_attention_2"`` or ``"eager"``.
         connector: between the two, a name of :data:`~mir_lightning.llava.model.connectors.CONNECTORS`.
         visual_tokens: how many a picture takes in the sequence; as many as the connector can make by default.
-        image_size: of the pictures that the encoder sees, in pixels a side, a multiple of its patch; what its image
-            processor makes by default.
-        tiles: cut pictures into as many at most, each of that size, as LLaVA-NeXT does; the whole comes beside them.
+        image_size: of the pictures that the encoder sees, in pixels a side, a multiple of its patch; what its
+            image processor makes by default.
+        tiles: cut pictures into as many at most, each of that size, as LLaVA-NeXT does; the whole comes first.
     """
 
     llm: str | None = None
@@ -58,7 +58,7 @@ class ModelSource:
             raise ValueError(f"model: llm and vision go together, got llm={self.llm!r}, vision={self.vision!r}.")
 
 
-def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedModel:
+def build_model(source: ModelSource, processor: Any) -> PreTrainedModel:
     """The model of a source, float32, with an untrained projector unless it is a whole one."""
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": source.attention}
     if source.vlm is not None:
@@ -75,7 +75,7 @@ def build_model(source: ModelSource, processor: LlavaProcessor) -> PreTrainedMod
     return connect(llm, vision, _joint(source, llm.config, vision.config, processor.tokenizer))
 
 
-def build_processor(source: ModelSource) -> LlavaProcessor:
+def build_processor(source: ModelSource) -> Any:
     """Tokenizer and image processor of a source; the tokenizer gets an ``<image>`` token where it has none."""
     if source.vlm is not None:
         return load_processor(source.vlm)

@@ -69,16 +69,16 @@ def llava_config(
     connector: str = "mlp",
     visual_tokens: int | None = None,
     tiles: int | None = None,
-) -> LlavaConfig | LlavaNextConfig:
+) -> PreTrainedConfig:
     """Of a LLaVA of a language model and an encoder, by their configs, and a connector of :data:`CONNECTORS`.
 
     The connector gets the features of one ``layer`` of the encoder: all with ``select="full"`` or where there is
     no CLS, else all but the first; ``visual_tokens`` is what it makes of a picture, None for as many as it can.
-    ``image_token`` is the id of their placeholder. With ``tiles`` it is a LLaVA-NeXT's, whose pictures are cut into
-    as many at most.
+    ``image_token`` is the id of their placeholder. With ``tiles``, how many a picture is cut into at most, it is a
+    LLaVA-NeXT's.
 
     Raises:
-        ValueError: for an unknown connector, one that cannot make so many tokens, or one that does not go with tiles.
+        ValueError: for an unknown connector, or one that cannot make so many tokens or does not go with tiles.
     """
     if connector not in CONNECTORS:
         raise ValueError(f"model.connector must be one of {', '.join(CONNECTORS)}, got {connector!r}.")
@@ -117,7 +117,7 @@ def llava_config(
     return config
 
 
-def llava_processor(config: Any, images: Any, tokenizer: Any) -> LlavaProcessor | LlavaNextProcessor:
+def llava_processor(config: Any, images: Any, tokenizer: Any) -> Any:
     """Of such a model: each ``<image>`` becomes as many placeholders as the connector makes tokens."""
     select, vision = config.vision_feature_select_strategy, config.vision_config
     tiles = isinstance(config, LlavaNextConfig)

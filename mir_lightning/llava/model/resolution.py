@@ -40,9 +40,9 @@ def resize_pictures(images: Any, image_size: int) -> None:
 
 
 def resize_encoder(vision: PreTrainedModel, image_size: int) -> PreTrainedModel:
-    """The encoder for pictures of so many pixels a side: its position embedding interpolated, once, by its own method.
+    """The encoder for pictures of so many pixels a side, its position embedding interpolated by its own method.
 
-    It is then a plain model of that size, which gives what the given one does with ``interpolate_pos_encoding``.
+    It is a plain model of that size, which gives what the given one does with ``interpolate_pos_encoding``.
 
     Raises:
         ValueError: if it has no such method.
@@ -64,4 +64,4 @@ def resize_encoder(vision: PreTrainedModel, image_size: int) -> PreTrainedModel:
         with torch.no_grad():
             state[name] = embeddings.interpolate_pos_encoding(other, image_size, image_size).view_as(shapes[name])
     resized.load_state_dict(state)
-    return resized
+    return resized.eval()

@@ -1,4 +1,4 @@
-"""Pictures cut into tiles, as LLaVA-NeXT does: the encoder sees each at full resolution, and the whole beside them."""
+"""Pictures cut into tiles, as LLaVA-NeXT does: the encoder sees the whole, and each tile at full resolution."""
 
 from typing import Any
 

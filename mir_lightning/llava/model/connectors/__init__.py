@@ -25,5 +25,4 @@ CONNECTORS: dict[str, Callable[[Any], nn.Module]] = {
     "resampler": resampler,
 }
 """By the name that ``model.connector`` takes. Each makes, of the model's config, a module of features
-``[images, n, d_vision]`` to vision tokens ``[images, k, d]``; ``config.visual_tokens`` is the k that is asked for, or
-None."""
+``[images, n, d_vision]`` to vision tokens ``[images, k, d]``; ``config.visual_tokens`` is the k asked for."""
