@@ -77,7 +77,7 @@ def build_packaged_llava(
     llm = transformers.AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
     del llm.config.quantization_config  # the weights are plain float32 from here on
     llm.config.name_or_path = "SmolLM2-135M-Instruct"
-    image_token = AutoTokenizer.from_pretrained(**files).convert_tokens_to_ids(_IMAGE_TOKEN)
+    image_token = AutoTokenizer.from_pretrained(**files).get_vocab()[_IMAGE_TOKEN]
     vision = build_packaged_vision(image_size)
     joint = llava_config(llm.config, vision.config, image_token, -1, "full", connector, visual_tokens, tiles)
     model = connect(llm, vision, joint)
@@ -102,7 +102,7 @@ def build_packaged_processor(
     scale: dict[str, Any] = {"rescale_factor": 1 / 128, "image_mean": [127 / 128] * 3, "image_std": [1.0] * 3}
     images = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **scale)
     text = LlamaConfig(hidden_size=576, num_attention_heads=9)  # SmolLM2's own takes seconds to read
-    image_token = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
+    image_token = tokenizer.get_vocab()[_IMAGE_TOKEN]
     joint = llava_config(text, vision, image_token, -1, "full", connector, visual_tokens, tiles)
     return llava_processor(joint, images, tokenizer)
 
