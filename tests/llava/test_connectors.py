@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    MODEL_MAPPING,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
-    CLIPVisionModel,
     Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
 )
@@ -52,7 +51,7 @@ def _built(connector, visual_tokens=None, seed=0, **options):
     """A model and its processor."""
     config = _config(connector, visual_tokens, **options)
     torch.manual_seed(7)
-    vision = (CLIPVisionModel if options.get("vision") is None else Dinov2WithRegistersModel)(config.vision_config)
+    vision = MODEL_MAPPING[type(config.vision_config)](config.vision_config)
     llm = LlamaForCausalLM(config.text_config)
     torch.manual_seed(seed)
     model = connect(llm, vision, config).eval()
@@ -224,7 +223,8 @@ def test_queries_look_at_places():
 @pytest.mark.parametrize("name", ["mlp", "avg_pool", "pixel_shuffle"])
 @pytest.mark.parametrize("parts", [["projector"], ["projector", "llm", "vision"]], ids=" ".join)
 def test_operations_are_counted_by_patches_before_the_connector_and_by_tokens_behind_it(name, parts):
-    model, processor = _built(name, TOKENS.get(name))
+    wide = CLIPVisionConfig(**{**VISION, "hidden_size": 96, "intermediate_size": 192})
+    model, processor = _built(name, TOKENS.get(name), vision=wide)
     model.set_attn_implementation("eager")  # the others are not counted on CPU
     freeze_all_but(model, Stage([Part(part, 1.0) for part in parts]))
     batch = _batch(processor)
