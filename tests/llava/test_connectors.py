@@ -24,7 +24,7 @@ from mir_lightning.llava.data.source import Sample
 from mir_lightning.llava.model.backbones import ModelSource, build_model, build_processor
 from mir_lightning.llava.model.connector import connect, llava_config, llava_processor
 from mir_lightning.llava.model.connectors import CONNECTORS
-from mir_lightning.llava.model.saving import export, load_part
+from mir_lightning.llava.model.saving import export, load_part, load_vlm
 from mir_lightning.llava.model.stages import Part, Stage, freeze_all_but
 from mir_lightning.moca import inject_moca
 from mir_lightning.probing import ChoiceProbe, evaluate_choices
@@ -88,7 +88,7 @@ def test_the_sequence_holds_what_the_connector_makes(built):
     assert seen.shape == (3 * tokens, 32)
 
 
-def test_everything_that_is_measured_runs_on_it(built):
+def test_everything_that_is_measured_runs_on_it(built, tmp_path):
     _, model, processor = built
     probe = Probe([_batch(processor)])
     assert evaluate_mir(model, probe, check=True).mir > 0
@@ -103,7 +103,10 @@ def test_everything_that_is_measured_runs_on_it(built):
     with torch.no_grad():
         for parameter in parameters_of(model, "moca").values():
             parameter += 0.3
-    assert evaluate_mir(model, probe).mir != pytest.approx(before, rel=1e-3)
+    calibrated = evaluate_mir(model, probe).mir
+    assert calibrated != pytest.approx(before, rel=1e-3)
+    export(model, processor, tmp_path / "model")
+    assert evaluate_mir(load_vlm(str(tmp_path / "model")), probe).mir == calibrated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
