@@ -336,7 +336,10 @@ PartName = Literal["projector", "vision", "llm", "lora", "moca"]
 _PARTS = {
     "lora": (r".*\.lora_", "LoRA adapters (give the lora option)"),
     "moca": (r".*\.moca\.", "MoCa modules (set moca to true)"),
-    "projector": (r"(.*\.)?(\w*projector|connector|merger)\.", "a module named *projector, *connector or merger"),
+    "projector": (
+        r"(.*\.)?((\w*projector|connector|merger)\.|image_newline$)",
+        "a module named *projector, *connector or merger",
+    ),
     "vision": (
         r"(.*?\.)??(vision_tower|vision_model|visual)\.",
         "a module named vision_tower, vision_model or visual",

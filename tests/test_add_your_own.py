@@ -10,7 +10,8 @@ from transformers import AutoModelForImageTextToText
 from mir_lightning import MIRCallback, Probe, evaluate_mir
 from mir_lightning.llava.data.batches import ConversationCollator
 from mir_lightning.llava.data.prompts import PlainPrompt
-from mir_lightning.llava.model.connector import CONNECTORS, connect
+from mir_lightning.llava.model.connector import connect, llava_config
+from mir_lightning.llava.model.connectors import CONNECTORS
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
 from tests.training import fit
 
@@ -36,11 +37,14 @@ def test_a_connector(tmp_path):
         def get_output_embeddings(self):
             return parts.lm_head
 
-    with pytest.raises(ValueError, match="connector must be one of mlp, got 'mlp_norm'"):
-        connect(CausalLM(), vision, IMAGE_TOKEN, -1, "full", "mlp_norm")
+    joint = (llm.config, vision.config, IMAGE_TOKEN, -1, "full", "gated")
+    with pytest.raises(ValueError, match=r"connector must be one of mlp, .*, got 'gated'"):
+        llava_config(*joint)
     try:
-        connector = _names(0)["NormedMLP"]
-        model = connect(CausalLM(), vision, IMAGE_TOKEN, -1, "full", "mlp_norm").eval()
+        connector = _names(0)["Gated"]
+        with pytest.raises(ValueError, match="gated makes 10 tokens of a picture, got 4"):
+            llava_config(*joint, visual_tokens=4)
+        model = connect(CausalLM(), vision, llava_config(*joint)).eval()
         assert isinstance(model.model.multi_modal_projector, connector)
         model.save_pretrained(tmp_path)
         loaded, found = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
@@ -48,7 +52,7 @@ def test_a_connector(tmp_path):
         probe = Probe([tiny_batch()])
         assert evaluate_mir(loaded, probe).mir == evaluate_mir(model, probe, check=True).mir
     finally:
-        CONNECTORS.pop("mlp_norm", None)
+        CONNECTORS.pop("gated", None)
 
 
 def test_a_probing_callback(tmp_path):

@@ -1,5 +1,6 @@
 """What training costs: speed, the share of time spent waiting for data, floating-point operations, and memory."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from mir_lightning.llava.data.packing import samples_of
 from mir_lightning.llava.model.experts import expert_matrices
 from mir_lightning.llava.model.stages import Stage, optimizer_groups
 from mir_lightning.llava.trainer import between_steps, probing_callbacks
-from mir_lightning.vlm import parameters_of
+from mir_lightning.vlm import PartName, parameters_of
 
 _WAITING = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's name of it
 
@@ -71,25 +72,27 @@ def training_flops(vlm: PreTrainedModel) -> Callable[[Mapping[str, Tensor], Tens
     Forward and backward, without recomputation, of a model with a transformer encoder, as far as it learns.
     A matrix of P weights takes 2P a token in the forward pass, 2P where a gradient passes through it, 2P where it
     learns; attention 4 times the width a layer, token and position, twice again for its gradient (PaLM, arXiv
-    2204.02311, appendix B). Gradients are taken to pass through the whole LLM, and an encoder that learns. Of
-    experts those count that a token goes through.
+    2204.02311, appendix B). Gradients are taken to pass through the whole LLM, and an encoder that learns. The
+    encoder's matrices are counted once a patch, the connector's once a vision token; of experts those that a token
+    goes through.
     """
-    vision = {id(p) for p in parameters_of(vlm, "vision").values()}
-    encoder_learns = any(p.requires_grad for p in vlm.parameters() if id(p) in vision)
+    parts: tuple[PartName, ...] = ("vision", "projector")
+    owners = {id(p): part for part in parts for p in parameters_of(vlm, part, required=False).values()}
+    encoder_learns = any(p.requires_grad for p in vlm.parameters() if owners.get(id(p)) == "vision")
     head = vlm.get_output_embeddings().weight
     embeddings = {id(module.weight) for module in vlm.modules() if isinstance(module, nn.Embedding)} - {id(head)}
     config = vlm.config.get_text_config(decoder=True)
     experts = expert_matrices(vlm)
-    a_token = a_prediction = a_patch = 0.0
+    cost: dict[str, float] = defaultdict(float)
     for parameter in vlm.parameters():
-        of_encoder = id(parameter) in vision
-        cost = parameter.numel() * (2 + 2 * (encoder_learns or not of_encoder) + 2 * parameter.requires_grad)
-        if id(parameter) in experts:
-            cost *= config.num_experts_per_tok / len(parameter)
-        if parameter is head:
-            a_prediction += cost
-        elif parameter.ndim > 1 and id(parameter) not in embeddings:
-            a_patch, a_token = (a_patch + cost, a_token) if of_encoder else (a_patch, a_token + cost)
+        part = "head" if parameter is head else owners.get(id(parameter), "llm")
+        if parameter is head or (parameter.ndim > 1 and id(parameter) not in embeddings):
+            passed = encoder_learns or part != "vision"
+            active = config.num_experts_per_tok / len(parameter) if id(parameter) in experts else 1
+            cost[part] += active * parameter.numel() * (2 + 2 * passed + 2 * parameter.requires_grad)
+    tokens_per_image = getattr(vlm.config, "image_seq_length", 1)
+    patches = getattr(vlm.config, "features_per_image", tokens_per_image) / tokens_per_image  # behind each token
+    a_vision_token = cost["projector"] + cost["vision"] * patches
     attention = 3 * 4 * config.num_hidden_layers * config.hidden_size
 
     def of_batch(batch: Mapping[str, Tensor], vision_mask: Tensor) -> float:
@@ -97,7 +100,7 @@ def training_flops(vlm: PreTrainedModel) -> Callable[[Mapping[str, Tensor], Tens
         positions = batch.get("position_ids", valid.cumsum(dim=1) - 1)
         squares = (2 * positions + 1)[valid].sum().double()  # of the samples' lengths
         predictions = (batch["labels"][:, 1:] != -100).sum()
-        whole = a_token * valid.sum() + a_prediction * predictions + a_patch * vision_mask.sum()
+        whole = cost["llm"] * valid.sum() + cost["head"] * predictions + a_vision_token * vision_mask.sum()
         return float(whole + attention * squares)
 
     return of_batch

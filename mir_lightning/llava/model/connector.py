@@ -1,26 +1,30 @@
-"""Between vision encoder and language model: LLaVA's projector, or another connector by name."""
+"""A LLaVA of a language model, a vision encoder, and a connector by name."""
 
 import copy
-from collections.abc import Callable
+import math
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextProcessor,
+    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from mir_lightning.llava.model.connectors import CONNECTORS
+from mir_lightning.llava.model.connectors.grid import patch_grid, picture_size
+from mir_lightning.llava.model.tiles import tile_grids, tiled
 
 FeatureSelect = Literal["default", "full"]
-
-CONNECTORS: dict[str, Callable[[LlavaConfig], nn.Module]] = {"mlp": LlavaMultiModalProjector}
-"""By the name that ``model.connector`` takes: makes a module, ``[images, n, d_vision]`` -> ``[images, n, d]``."""
 
 
 class ConnectedLlavaConfig(LlavaConfig):
@@ -28,6 +32,8 @@ class ConnectedLlavaConfig(LlavaConfig):
 
     model_type = "connected_llava"
     connector: str = "mlp"
+    visual_tokens: int | None = None  # asked of the connector; image_seq_length is what it makes
+    features_per_image: int = 576  # that it gets
 
 
 class ConnectedLlava(LlavaForConditionalGeneration):
@@ -47,50 +53,96 @@ AutoModelForImageTextToText.register(ConnectedLlavaConfig, ConnectedLlava)
 def extra_features(config: PreTrainedConfig) -> int:
     """How many features an encoder has beside those of its patches: a CLS token, registers; none for SigLIP."""
     encoder: Any = MODEL_MAPPING[type(config)]
-    side = config.image_size
+    height, width = patch_grid(config)
     with torch.device("meta"):
-        features = encoder(config)(pixel_values=torch.empty(1, 3, side, side)).last_hidden_state
-    return features.shape[1] - (side // config.patch_size) ** 2
+        pixels = torch.empty(1, 3, *picture_size(config))
+        features = encoder(config)(pixel_values=pixels).last_hidden_state
+    return features.shape[1] - height * width
 
 
-def connect(
-    llm: PreTrainedModel,
-    vision: PreTrainedModel,
+def llava_config(
+    text: PreTrainedConfig,
+    vision: PreTrainedConfig,
     image_token: int,
     layer: int,
     select: FeatureSelect,
     connector: str = "mlp",
-) -> LlavaForConditionalGeneration:
-    """A LLaVA of a causal language model and an encoder, with an untrained connector of :data:`CONNECTORS`.
+    visual_tokens: int | None = None,
+    tiles: int | None = None,
+) -> PreTrainedConfig:
+    """Of a LLaVA of a language model and an encoder, by their configs, and a connector of :data:`CONNECTORS`.
 
     The connector gets the features of one ``layer`` of the encoder: all with ``select="full"`` or where there is
-    no CLS, else all but the first. ``image_token`` is the id of the placeholder of vision tokens.
+    no CLS, else all but the first; ``visual_tokens`` is what it makes of a picture, None for as many as it can.
+    ``image_token`` is the id of their placeholder. With ``tiles``, how many a picture is cut into at most, it is a
+    LLaVA-NeXT's.
 
     Raises:
-        ValueError: for an unknown connector.
+        ValueError: for an unknown connector, or one that cannot make so many tokens or does not go with tiles.
     """
     if connector not in CONNECTORS:
-        raise ValueError(f"connector must be one of {', '.join(CONNECTORS)}, got {connector!r}.")
-    extra = extra_features(vision.config)
-    patches = (vision.config.image_size // vision.config.patch_size) ** 2
+        raise ValueError(f"model.connector must be one of {', '.join(CONNECTORS)}, got {connector!r}.")
+    extra = extra_features(vision)
     select = select if extra else "full"
-    plain = connector == "mlp"  # then any tool that knows LLaVA knows the model
+    patches = math.prod(patch_grid(vision))
+    features = patches + extra - (select == "default")
     settings: dict[str, Any] = {
-        "vision_config": vision.config,
-        "text_config": llm.config,
+        "vision_config": vision,
+        "text_config": text,
         "image_token_index": image_token,
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": select,
-        "image_seq_length": patches + extra - (select == "default"),
-        "tie_word_embeddings": llm.config.tie_word_embeddings,
+        "tie_word_embeddings": text.tie_word_embeddings,
     }
-    kind: Any = LlavaForConditionalGeneration if plain else ConnectedLlava
-    model = kind(kind.config_class(**settings, **({} if plain else {"connector": connector})))
+    own: dict[str, Any] = {"connector": connector, "visual_tokens": visual_tokens, "features_per_image": features}
+    config = ConnectedLlavaConfig(**settings, **own)
+    with torch.device("meta"):
+        made = CONNECTORS[connector](config)(torch.empty(1, features, vision.hidden_size)).shape[1]
+    if visual_tokens not in (None, made):
+        raise ValueError(
+            f"model.visual_tokens: {connector} makes {made} tokens of a picture, got {visual_tokens}."
+        )
+    settings["image_seq_length"] = made
+    if tiles is not None:
+        if connector != "mlp":
+            raise ValueError(f"model.tiles goes with model.connector=mlp alone, got {connector!r}.")
+        if extra and (select, extra) != ("default", 1):
+            raise ValueError(
+                f"model.tiles needs the features of patches alone, got {features} of {patches} patches."
+            )
+        return LlavaNextConfig(**settings, image_grid_pinpoints=tile_grids(tiles, vision.image_size))
+    if connector == "mlp":  # then any tool that knows LLaVA knows the model
+        return LlavaConfig(**settings)
+    config.image_seq_length = made
+    return config
+
+
+def llava_processor(config: Any, images: Any, tokenizer: Any) -> Any:
+    """Of such a model: each ``<image>`` becomes as many placeholders as the connector makes tokens."""
+    select, vision = config.vision_feature_select_strategy, config.vision_config
+    tiles = isinstance(config, LlavaNextConfig)
+    kind: Any = LlavaNextProcessor if tiles else LlavaProcessor
+    return kind(
+        image_processor=tiled(images, config.image_grid_pinpoints) if tiles else images,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=config.image_seq_length
+        - math.prod(patch_grid(vision))
+        + (select == "default"),
+        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+    )
+
+
+def connect(llm: PreTrainedModel, vision: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config that :func:`llava_config` made of both, with an untrained connector."""
+    kind: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    model = kind(config)
     model.model.language_model.load_state_dict(llm.base_model.state_dict())
     model.lm_head.load_state_dict(llm.get_output_embeddings().state_dict())
     model.model.vision_tower.load_state_dict(vision.state_dict())
     model.generation_config = copy.deepcopy(llm.generation_config)  # where it stops, for one
-    for part in model.model.multi_modal_projector.modules() if plain else ():
+    for part in model.model.multi_modal_projector.modules() if kind is not ConnectedLlava else ():
         if isinstance(part, nn.Linear):
             part.reset_parameters()
     return model
