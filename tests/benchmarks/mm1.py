@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from tokenizers.processors import TemplateProcessing
 
 from mir_lightning import Probe, evaluate_image_gain, evaluate_mir
 from mir_lightning.llava.data.batches import ConversationCollator
@@ -65,7 +66,10 @@ def save_parts(root):
     pixels = transformers.CLIPImageProcessorPil(size={"height": 48, "width": 48}, do_center_crop=False)
     for part in (transformers.CLIPVisionModel(clip), pixels):
         part.save_pretrained(root / "vision")
-    for part in (transformers.LlamaForCausalLM(llama), tokenizer("<image>")):
+    words = tokenizer("<image>")
+    start = (words.bos_token, words.bos_token_id)  # before the picture, which would be the attention sink
+    words.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start[0]} $A", special_tokens=[start])
+    for part in (transformers.LlamaForCausalLM(llama), words):
         part.save_pretrained(root / "llm")
 
 
