@@ -42,12 +42,11 @@ ABLATIONS = {
         {"connector": "mlp_norm", "visual_tokens": None},
         {"connector": "linear", "visual_tokens": None},
     ],
-    "visual tokens": [{"visual_tokens": n} for n in (1, 4, 9, 36)],
+    "visual tokens": [{"visual_tokens": n} for n in (1, 9, 36)],
     "resolution": [{"image_size": n} for n in (24, 48, 72)],
     "mixture": [
         {"weights": (0.45, 0.45, 0.1)},
         {"weights": (1.0, 0, 0)},
-        {"weights": (0, 1.0, 0)},
         {"weights": (0.5, 0.5, 0)},
         {"weights": (0.9, 0, 0.1)},
     ],

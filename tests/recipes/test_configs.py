@@ -21,11 +21,12 @@ from transformers import (
 
 from mir_lightning import evaluate_mir
 from mir_lightning.llava.model.backbones import ModelSource, build_processor
-from mir_lightning.llava.model.saving import load_vlm
+from mir_lightning.llava.model.saving import load_processor, load_vlm
 from mir_lightning.probing.images import UnreadableImageError
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.report import read_run
 from tests.families import TEXT, VISION
+from tests.recipes.runs import MIXTURE
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 SCHEDULES = sorted(path.stem for path in (CONFIGS / "schedules").glob("*.yaml"))
@@ -84,6 +85,42 @@ def test_two_steps_of_every_schedule(recipe, tmp_path, weights, capsys, schedule
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == ["0", "1", "2"]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "model" / "adapter").is_dir() == (schedule == "lora")
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_two_steps_of_mm1_at_its_published_shapes(recipe, tmp_path, weights, experts):
+    """378 pixels, 144 tokens of a C-Abstractor, packed rows of 4,096, everything unfrozen; 64 experts."""
+    vision = {**VISION, "num_hidden_layers": 2, "patch_size": 14, "image_size": 28}
+    CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(weights / "mm1")
+    small = {"height": 28, "width": 28}
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=small).save_pretrained(weights / "mm1")
+    configs = [CONFIGS / "mm1" / f"{name}.yaml" for name in ("published", "published_moe")[: 1 + experts]]
+    more = {"trainer": {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger"}, "log_every_n_steps": 1}}
+    more["trainer"]["logger"]["init_args"] = {"save_dir": str(tmp_path)}
+    more["data"] = {
+        "source": MIXTURE,
+        "data_scale": 20,
+        "batch_size": 10,
+        "global_batch_size": 10,
+        "probe_size": 10,
+    }
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
+    _two_steps(recipe, tmp_path, weights, *configs, model="mm1", after=[tmp_path / "more.yaml"])
+    model, processor = (load(str(tmp_path / "run" / "model")) for load in (load_vlm, load_processor))
+    assert (
+        processor(images=Image.new("RGB", (50, 40)), text="<image>")["input_ids"][0].count(
+            model.config.image_token_id
+        )
+        == model.config.image_seq_length
+        == 144
+    )
+    assert model.config.vision_config.image_size == 378
+    curves = read_run(tmp_path).curves
+    for name in ("captions", "interleaved"):
+        assert len(curves[f"mir_sources/{name}"]) == len(curves[f"image_gain_sources/{name}"]) == 3
+    shares = [curves[f"train_share/{name}"][-1][1] for name in ("captions", "interleaved", "text")]
+    assert shares == pytest.approx([0.45, 0.45, 0.1])
+    assert ("moe/load/layer_02" in curves) == ("train/router_z" in curves) == experts
 
 
 def test_two_steps_of_the_small_pair_with_all_that_can_be_measured(recipe, tmp_path, weights):
@@ -184,7 +221,8 @@ def test_print_config_is_what_the_file_says(recipe, capsys, file):
         ("Records", {"files": ["a.json"], "image_folder": "images"}),
         ("Table", {"folder": "table", "image_column": "picture"}),
         ("Shards", {"folder": "s3://bucket/shards"}),
-        ("Shapes", {}),
+        ("Shapes", {"kind": "interleaved"}),
+        ("Documents", {"files": ["a.jsonl"], "max_images": 4}),
         ("tests.recipes.interruptions.NoData", {}),
     ],
 )

@@ -91,9 +91,11 @@ class ShapesDataset(Dataset):
             image, caption = draw_sample(self.split, index, self.seed)
             return Sample((image,), (f"Picture: {IMAGE}", caption))
         rng = random.Random(f"{self.seed}/{self.kind}/{index}")
-        drawn = [draw_sample(self.split, index, f"{self.seed}/{part}") for part in range(rng.randint(2, 4))]
+        seeds = [f"{self.seed}/{part}" for part in range(rng.randint(2, 4))]
         if self.kind == "text":
-            return Sample((), (" ".join(caption for _, caption in drawn),))
+            scenes = [_scene_of(self.split, index, seed)[0] for seed in seeds]
+            return Sample((), (" ".join(scene.caption for scene in scenes),))
+        drawn = [draw_sample(self.split, index, seed) for seed in seeds]
         return Sample(
             tuple(image for image, _ in drawn), ("\n".join(f"{IMAGE}\n{caption}" for _, caption in drawn),)
         )
@@ -120,10 +122,15 @@ class Shapes(Source):
 
 def draw_sample(split: Split, index: int, seed: int | str = 0) -> tuple[Image.Image, str]:
     """Picture (RGB, 224 x 224) and caption number ``index`` of a split; always the same ones."""
+    scene, rng = _scene_of(split, index, seed)
+    return draw_scene(scene, rng), scene.caption
+
+
+def _scene_of(split: Split, index: int, seed: int | str) -> tuple[Scene, random.Random]:
     rng = random.Random(f"{seed}/{split}/{index}")
     while (scene := _random_scene(rng)).split != split:
         pass
-    return draw_scene(scene, rng), scene.caption
+    return scene, rng
 
 
 def random_thing(rng: random.Random) -> Thing:
