@@ -25,6 +25,7 @@ from transformers.utils import VIDEO_PROCESSOR_NAME, cached_file
 from mir_lightning import moca
 from mir_lightning.files import read_json, regular_file, save_tensors
 from mir_lightning.functional.checks import check_loaded
+from mir_lightning.llava.model import connector  # noqa: F401  registers the LLaVA of other connectors
 from mir_lightning.llava.trainer import BetweenSteps, DivergedError
 from mir_lightning.moca.inject import CONFIG_FLAG
 from mir_lightning.vlm import parameters_of
