@@ -6,6 +6,7 @@ which an outlier rule may yet exclude. The others go into moments, one for each 
 keeps. That what was accumulated is of the class it was taken for is checked at the end.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -45,6 +46,7 @@ _PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated
 _SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
 _USUAL = 1.5 / 3  # of a margin: what is accumulated while there is room to hold the others and learn more
 _PRESSED = 0.75  # of what is held without being sure stays so when room is short
+_GROWTH = 1.125  # of the number of tokens seen, until their norms are judged anew
 _LEAST_ROOM = 2**20  # bytes of raw tokens kept before judging any: enough for steady statistics
 _LEAST_HELD = 2**21  # bytes of room for tokens that are not sure: a third of many may be massive
 
@@ -81,8 +83,9 @@ class Cloud:
     norms: list[Tensor]  # of the tokens that are not held, float64 [n] each
     classes: list[Tensor]  # of the same tokens, uint8 [n] each
     moments: list[Tensor]  # head and packed M2 of each class that some rule keeps, once a token is accumulated
+    bounds: list[Tensor]  # the outlier rules that the norms set when they were last judged, float64 [3]
 
-    STATES = ("rows", "norms", "classes", "moments")
+    STATES = ("rows", "norms", "classes", "moments", "bounds")
 
     def device(self, default: torch.device | None = None) -> torch.device:
         """Where the tokens were, or the ``default`` without any."""
@@ -121,9 +124,9 @@ class Cloud:
 
         Where more than ``room`` bytes are held, the sure inliers among them are released, and the surely massive,
         far outside the robust rule and well inside the paper's; where that is not enough, also that quarter of the
-        others that is furthest from any margin. Never a token that neither rule keeps among all seen so far.
+        others that is furthest from any margin. Never a token that neither rule keeps among those last judged.
         """
-        rules = judge(torch.cat([self.seen_norms(), norms]))
+        rules = self._rules(norms)
         margin = torch.minimum(rules.paper, rules.robust)
         self._release(tokens, norms, torch.where(rules.offsets(norms) <= _USUAL * margin, BOTH, NEITHER))
         for pressed in (False, True):
@@ -142,15 +145,25 @@ class Cloud:
                     sure &= classes != part  # holding them takes less than moments of their own
             self._release(rows, norms, torch.where(sure, classes, NEITHER))
 
+    def _rules(self, norms: Tensor) -> OutlierRules:
+        """The outlier rules of all norms seen, those given among them, or of a little fewer.
+
+        All are judged when their number has grown by a fixed factor, so an update's share of that does not grow.
+        """
+        seen = sum(map(len, (*self.norms, *self.rows)))
+        if not self.bounds or _level(seen) < _level(seen + len(norms)):
+            self.bounds[:] = [torch.stack(judge(torch.cat([self.seen_norms(), norms])))]
+        return OutlierRules(*self.bounds[0])
+
     def _release(self, tokens: Tensor, norms: Tensor, classes: Tensor) -> None:
         """Accumulate tokens by class; hold back those of class ``NEITHER``."""
         open_ = classes == NEITHER
         if open_.any():
-            self.rows.append(tokens[open_])
+            _append(self.rows, tokens[open_])
             tokens, norms, classes = tokens[~open_], norms[~open_], classes[~open_]
         self._accumulate(tokens, classes)
-        self.norms.append(norms)
-        self.classes.append(classes.byte())
+        _append(self.norms, norms)
+        _append(self.classes, classes.byte())
 
     def _accumulate(self, tokens: Tensor, classes: Tensor) -> None:
         """Add tokens to the moments of their classes; those of class ``NEITHER`` to none."""
@@ -208,13 +221,14 @@ class Cloud:
         """Keep the norms, classed by the final ``rules``, and forget the tokens."""
         norms = self.seen_norms()
         self.norms[:], self.classes[:] = [norms], [rules.classes(norms)]
-        self.rows.clear()
-        self.moments.clear()
+        for state in (self.rows, self.moments, self.bounds):
+            state.clear()
 
     def merge(self, other: "Cloud") -> None:
         """Take in another stream's tokens; ``other`` does not change, and the two share no moments."""
         for state in ("rows", "norms", "classes"):
             getattr(self, state)[:0] = getattr(other, state)
+        self.bounds.clear()
         self._keep([_union(*pair) for pair in zip(other._parts(), self._parts(), strict=True)])
         self.moments[:] = [tensor.clone() for tensor in self.moments]
 
@@ -244,6 +258,17 @@ class Cloud:
     def _with(self, moments: Moments, rows: Tensor) -> Moments:
         """Moments with held tokens of their class; the argument does not change."""
         return merge_moments(moments, moments_of(rows, self.accumulator)) if len(rows) else moments
+
+
+def _append(parts: list[Tensor], new: Tensor) -> None:
+    """Add tensor to the end of a list that stays short: each is more than twice as long as the next."""
+    while parts and len(parts[-1]) <= 2 * len(new):
+        new = torch.cat([parts.pop(), new])
+    parts.append(new)
+
+
+def _level(count: int) -> int:
+    return int(math.log(count, _GROWTH))
 
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:
