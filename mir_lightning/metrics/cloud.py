@@ -43,6 +43,7 @@ from mir_lightning.metrics.moments import (
 Gather = Callable[..., list[Tensor]]
 
 _PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated, each apart
+_DTYPES = (torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of no tokens, and of tokens
 _SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
 _USUAL = 1.5 / 3  # of a margin: what is accumulated while there is room to hold the others and learn more
 _PRESSED = 0.75  # of what is held without being sure stays so when room is short
@@ -290,6 +291,15 @@ class Cloud:
     def _with(self, moments: Moments, rows: Tensor) -> Moments:
         """Moments with held tokens of their class; the argument does not change."""
         return merge_moments(moments, moments_of(rows, self.accumulator)) if len(rows) else moments
+
+
+def gather_rows(clouds: Sequence[Cloud], gather: Gather, group: Any) -> None:
+    """Give each cloud the held tokens of all ranks, in the narrowest dtype that holds what they came in."""
+    dtypes = [reduce(torch.promote_types, (rows.dtype for rows in c.rows), torch.bool) for c in clouds]
+    codes = torch.tensor([_DTYPES.index(dtype) for dtype in dtypes], device=clouds[0].device())
+    for cloud, of_ranks in zip(clouds, torch.stack(gather(codes, group=group), dim=1).tolist(), strict=True):
+        dtype = reduce(torch.promote_types, (_DTYPES[code] for code in of_ranks))
+        cloud.rows[:] = [rows for rows in gather(cloud.held().to(dtype), group=group) if len(rows)]
 
 
 def counts_of(classes: Tensor) -> Tensor:

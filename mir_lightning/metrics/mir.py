@@ -29,7 +29,15 @@ from mir_lightning.functional.mir import (
     rule_of,
 )
 from mir_lightning.metrics.base import PreciseMetric
-from mir_lightning.metrics.cloud import AccumulatedOutlierError, Batch, Cloud, Gather, Judged, counts_of
+from mir_lightning.metrics.cloud import (
+    AccumulatedOutlierError,
+    Batch,
+    Cloud,
+    Gather,
+    Judged,
+    counts_of,
+    gather_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -334,13 +342,12 @@ class ModalityIntegrationRate(PreciseMetric):
         """Merge across ranks; raw tokens travel only for official variants."""
         assert dist_sync_fn is not None
         self._synced_group = group = process_group or self.process_group
-        for layer in range(self.num_layers):
-            for cloud in self._clouds(layer):
-                if self._keeps_tokens:
-                    gathered = dist_sync_fn(cloud.held().double(), group=group)
-                    cloud.rows[:] = [rows for rows in gathered if len(rows)]
-                else:
-                    cloud.sync(dist_sync_fn, group)
+        clouds = [cloud for layer in range(self.num_layers) for cloud in self._clouds(layer)]
+        if self._keeps_tokens:
+            gather_rows(clouds, dist_sync_fn, group)
+            return
+        for cloud in clouds:
+            cloud.sync(dist_sync_fn, group)
 
     def _draw(self, ax: "Axes") -> None:
         layers = self.compute_breakdown()
