@@ -80,6 +80,7 @@ class Batch(NamedTuple):
     norms: Tensor  # of these, after those of all held tokens where these are sorted too
     classes: Tensor  # of the norms, uint8
     rules: OutlierRules | None  # that sorted them; none where all are held, and in a second pass
+    final: bool = False  # a second pass: norms are known, and tokens that no rule keeps are not held
 
     @classmethod
     def held(cls, tokens: Tensor, norms: Tensor) -> "Batch":
@@ -123,7 +124,7 @@ class Cloud:
     def sort(self, tokens: Tensor, norms: Tensor, known: OutlierRules | None) -> Batch:
         """How tokens ``[n, d]`` would be added; ``known`` are the final rules, in a second pass."""
         if known is not None:
-            return Batch(tokens, norms, known.classes(norms), None)
+            return Batch(tokens, norms, known.classes(norms), None, final=True)
         if not self.moments:
             if _bytes_of(self.rows) + tokens.nbytes <= self._room():
                 return Batch.held(tokens, norms)
@@ -138,7 +139,7 @@ class Cloud:
             for part, where in _by_class(batch.classes, counts):
                 if part != NEITHER:
                     self._accumulate(part, _chosen(tokens, where))
-                elif not self.norms:  # of a second pass, they are known and excluded
+                elif not batch.final:
                     self.rows.append(tokens.clone())
             return
         if len(batch.norms) > len(tokens):

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.float32_products [--tokens 9000] [--width 96]
 
 Hostile tokens, and spectra of several decades with massive activations in two dimensions of an eighth of the
-tokens, in bfloat16 and float32. Errors of MIR are relative to the metric's float64 products of the same tokens; the
-last column has float32 accumulators, and with them what float32 takes for noise. The package has no such option.
+tokens, in bfloat16 and float32. Errors of MIR are relative to the metric's float64 products of the same tokens.
+The last column has float32 accumulators, and with them what float32 takes for noise. The package has
+no such option.
 """
 
 import argparse
