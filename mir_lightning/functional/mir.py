@@ -90,6 +90,11 @@ class OutlierRules(NamedTuple):
     paper: Tensor  # margin of the MIR paper's rule, 3 sigma
     robust: Tensor  # margin of the same rule with a sigma that outliers cannot inflate
 
+    @property
+    def margin(self) -> Tensor:
+        """The narrower of the two."""
+        return torch.minimum(self.paper, self.robust)
+
     def offsets(self, norms: Tensor) -> Tensor:
         """Distances of ``norms`` ``[n]`` from the median."""
         return (norms - self.median).abs()

@@ -6,7 +6,8 @@ which an outlier rule may yet exclude. The others go into moments, one for each 
 keeps. That what was accumulated is of the class it was taken for is checked at the end.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -42,9 +43,11 @@ from mir_lightning.metrics.moments import (
 Gather = Callable[..., list[Tensor]]
 
 _PARTS = (BOTH, PAPER_ONLY, ROBUST_ONLY)  # classes whose tokens are accumulated, each apart
+_DTYPES = (torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of no tokens, and of tokens
 _SURE = 2.5 / 3  # of a margin: tokens within it so far are hardly outliers in the end
 _USUAL = 1.5 / 3  # of a margin: what is accumulated while there is room to hold the others and learn more
 _PRESSED = 0.75  # of what is held without being sure stays so when room is short
+_GROWTH = 1.125  # of the number of tokens seen, until their norms are judged anew
 _LEAST_ROOM = 2**20  # bytes of raw tokens kept before judging any: enough for steady statistics
 _LEAST_HELD = 2**21  # bytes of room for tokens that are not sure: a third of many may be massive
 
@@ -70,6 +73,21 @@ class Judged(NamedTuple):
         return bool(((self.classes == PAPER_ONLY) | (self.classes == ROBUST_ONLY)).any())
 
 
+class Batch(NamedTuple):
+    """Tokens of an update, and the classes to accumulate them as; those of class ``NEITHER`` are not."""
+
+    tokens: Tensor  # [n, d]
+    norms: Tensor  # of these, after those of all held tokens where these are sorted too
+    classes: Tensor  # of the norms, uint8
+    rules: OutlierRules | None  # that sorted them; none where all are held, and in a second pass
+    final: bool = False  # a second pass: norms are known, and tokens that no rule keeps are not held
+
+    @classmethod
+    def held(cls, tokens: Tensor, norms: Tensor) -> "Batch":
+        """All tokens are held."""
+        return cls(tokens, norms, torch.full_like(norms, NEITHER, dtype=torch.uint8), None)
+
+
 @dataclass(frozen=True)
 class Cloud:
     """Tokens of one layer and modality, as states of a metric; the methods change the lists in place."""
@@ -81,8 +99,9 @@ class Cloud:
     norms: list[Tensor]  # of the tokens that are not held, float64 [n] each
     classes: list[Tensor]  # of the same tokens, uint8 [n] each
     moments: list[Tensor]  # head and packed M2 of each class that some rule keeps, once a token is accumulated
+    bounds: list[Tensor]  # the outlier rules that the norms set when they were last judged, float64 [3]
 
-    STATES = ("rows", "norms", "classes", "moments")
+    STATES = ("rows", "norms", "classes", "moments", "bounds")
 
     def device(self, default: torch.device | None = None) -> torch.device:
         """Where the tokens were, or the ``default`` without any."""
@@ -102,69 +121,97 @@ class Cloud:
         nothing = torch.zeros(0, device=self.device())
         return torch.cat([nothing.double(), *self.norms]), torch.cat([nothing.byte(), *self.classes])
 
-    def add(self, tokens: Tensor, norms: Tensor, known: OutlierRules | None) -> None:
-        """Add tokens ``[n, d]`` with their norms; ``known`` are the final rules, in a second pass."""
+    def sort(self, tokens: Tensor, norms: Tensor, known: OutlierRules | None) -> Batch:
+        """How tokens ``[n, d]`` would be added; ``known`` are the final rules, in a second pass."""
         if known is not None:
-            self._accumulate(tokens, known.classes(norms))
-            return
-        room = max(packed_size(self.width) * self.accumulator.itemsize, _LEAST_ROOM)
+            return Batch(tokens, norms, known.classes(norms), None, final=True)
         if not self.moments:
-            if _bytes_of(self.rows) + tokens.nbytes <= room:
-                self.rows.append(tokens.clone())
-                return
-            tokens, norms = torch.cat([*self.rows, tokens]), torch.cat([self.seen_norms(), norms])
+            if _bytes_of(self.rows) + tokens.nbytes <= self._room():
+                return Batch.held(tokens, norms)
+            norms = torch.cat([norms_of(self.held()), norms])
+        rules = self._rules(norms)
+        return Batch(tokens, norms, _held_unless(rules.offsets(norms) <= _USUAL * rules.margin, BOTH), rules)
+
+    def add(self, batch: Batch, counts: Sequence[int]) -> None:
+        """Add a batch as it was sorted, with so many tokens of each class."""
+        tokens, rules = batch.tokens, batch.rules
+        if rules is None:
+            for part, where in _by_class(batch.classes, counts):
+                if part != NEITHER:
+                    self._accumulate(part, _chosen(tokens, where))
+                elif not batch.final:
+                    self.rows.append(tokens.clone())
+            return
+        if len(batch.norms) > len(tokens):
+            tokens = torch.cat([*self.rows, tokens])
             self.rows.clear()
-        self._sort(tokens, norms, max(room // 2, _LEAST_HELD))
-
-    def _sort(self, tokens: Tensor, norms: Tensor, room: int) -> None:
-        """Accumulate the tokens with usual norms; hold the others back for the final outlier rules.
-
-        Where more than ``room`` bytes are held, the sure inliers among them are released, and the surely massive,
-        far outside the robust rule and well inside the paper's; where that is not enough, also that quarter of the
-        others that is furthest from any margin. Never a token that neither rule keeps among all seen so far.
-        """
-        rules = judge(torch.cat([self.seen_norms(), norms]))
-        margin = torch.minimum(rules.paper, rules.robust)
-        self._release(tokens, norms, torch.where(rules.offsets(norms) <= _USUAL * margin, BOTH, NEITHER))
+        self.bounds[:] = [torch.stack(rules)]
+        self._release(tokens, batch.norms, batch.classes, counts)
+        room = max(self._room() // 2, _LEAST_HELD)
         for pressed in (False, True):
-            if _bytes_of(self.rows) <= room:
-                return
-            rows = torch.cat(self.rows)
-            self.rows.clear()
-            norms = norms_of(rows)
-            offsets, classes = rules.offsets(norms), rules.classes(norms)
-            sure = (offsets <= _SURE * margin) | ((offsets > 2 * rules.robust) & (offsets <= _SURE * rules.paper))
-            if pressed and (kept := classes != NEITHER).any():
-                leeway = torch.minimum((offsets / rules.robust - 1).abs(), (offsets / rules.paper - 1).abs())
-                sure |= kept & (leeway >= leeway[kept].quantile(_PRESSED))
-            for part, moments in enumerate(self._parts()):
-                if moments is None and rows[sure & (classes == part)].nbytes < room:
-                    sure &= classes != part  # holding them takes less than moments of their own
-            self._release(rows, norms, torch.where(sure, classes, NEITHER))
+            if _bytes_of(self.rows) > room:
+                self._make_room(rules, room, pressed)
 
-    def _release(self, tokens: Tensor, norms: Tensor, classes: Tensor) -> None:
+    def _room(self) -> int:
+        """Bytes of raw tokens that are kept before any are judged."""
+        return max(packed_size(self.width) * self.accumulator.itemsize, _LEAST_ROOM)
+
+    def _rules(self, norms: Tensor) -> OutlierRules:
+        """The outlier rules of all norms seen, those given among them, or of a little fewer.
+
+        All are judged when their number has grown by a fixed factor, so an update's share of that does not grow.
+        """
+        if not self.moments:
+            return judge(norms)
+        seen = sum(map(len, (*self.norms, *self.rows)))
+        if not self.bounds or _level(seen) < _level(seen + len(norms)):
+            return judge(torch.cat([self.seen_norms(), norms]))
+        return OutlierRules(*self.bounds[0])
+
+    def _make_room(self, rules: OutlierRules, room: int, pressed: bool) -> None:
+        """Release held tokens, where they take more than ``room`` bytes.
+
+        The sure inliers, and the surely massive, far outside the robust rule and well inside the paper's;
+        ``pressed``, also that quarter of the others that is furthest from any margin. Never a token that neither
+        rule keeps among those last judged.
+        """
+        rows = self.held()
+        norms = norms_of(rows)
+        offsets, classes = rules.offsets(norms), rules.classes(norms)
+        sure = (offsets <= _SURE * rules.margin) | (
+            (offsets > 2 * rules.robust) & (offsets <= _SURE * rules.paper)
+        )
+        if pressed:
+            leeway = torch.minimum((offsets / rules.robust - 1).abs(), (offsets / rules.paper - 1).abs())
+            leeway = leeway.masked_fill(classes == NEITHER, torch.nan)
+            sure |= leeway >= leeway.nanquantile(_PRESSED)
+        classes = _held_unless(sure, classes)
+        counts = counts_of(classes).tolist()
+        for part, moments in enumerate(self._parts()):
+            if moments is None and counts[part] * rows[:1].nbytes < room:
+                classes = classes.masked_fill(classes == part, NEITHER)  # less to hold than moments of their own
+                counts[part], counts[NEITHER] = 0, counts[NEITHER] + counts[part]
+        self.rows.clear()
+        self._release(rows, norms, classes, counts)
+
+    def _release(self, tokens: Tensor, norms: Tensor, classes: Tensor, counts: Sequence[int]) -> None:
         """Accumulate tokens by class; hold back those of class ``NEITHER``."""
-        open_ = classes == NEITHER
-        if open_.any():
-            self.rows.append(tokens[open_])
-            tokens, norms, classes = tokens[~open_], norms[~open_], classes[~open_]
-        self._accumulate(tokens, classes)
-        self.norms.append(norms)
-        self.classes.append(classes.byte())
-
-    def _accumulate(self, tokens: Tensor, classes: Tensor) -> None:
-        """Add tokens to the moments of their classes; those of class ``NEITHER`` to none."""
-        for part in _PARTS:
-            of_part = classes == part
-            chosen = tokens if of_part.all() else tokens[of_part]
-            if not len(chosen):
-                continue
-            moments = self._parts()
-            if (known := moments[part]) is not None:
-                update_moments(known, chosen)
+        for part, where in _by_class(classes, counts):
+            if part == NEITHER:
+                _append(self.rows, tokens[where])
             else:
-                moments[part] = moments_of(chosen, self.accumulator)
-                self._keep(moments)
+                self._accumulate(part, _chosen(tokens, where))
+                _append(self.norms, norms[where])
+                _append(self.classes, classes[where])
+
+    def _accumulate(self, part: int, tokens: Tensor) -> None:
+        """Add tokens to the moments of their class."""
+        moments = self._parts()
+        if (known := moments[part]) is not None:
+            update_moments(known, tokens)
+        else:
+            moments[part] = moments_of(tokens, self.accumulator)
+            self._keep(moments)
 
     def _parts(self) -> list[Moments | None]:
         """Moments of each class; ``None`` for one without tokens."""
@@ -208,13 +255,14 @@ class Cloud:
         """Keep the norms, classed by the final ``rules``, and forget the tokens."""
         norms = self.seen_norms()
         self.norms[:], self.classes[:] = [norms], [rules.classes(norms)]
-        self.rows.clear()
-        self.moments.clear()
+        for state in (self.rows, self.moments, self.bounds):
+            state.clear()
 
     def merge(self, other: "Cloud") -> None:
         """Take in another stream's tokens; ``other`` does not change, and the two share no moments."""
         for state in ("rows", "norms", "classes"):
             getattr(self, state)[:0] = getattr(other, state)
+        self.bounds.clear()
         self._keep([_union(*pair) for pair in zip(other._parts(), self._parts(), strict=True)])
         self.moments[:] = [tensor.clone() for tensor in self.moments]
 
@@ -244,6 +292,46 @@ class Cloud:
     def _with(self, moments: Moments, rows: Tensor) -> Moments:
         """Moments with held tokens of their class; the argument does not change."""
         return merge_moments(moments, moments_of(rows, self.accumulator)) if len(rows) else moments
+
+
+def gather_rows(clouds: Sequence[Cloud], gather: Gather, group: Any) -> None:
+    """Give each cloud the held tokens of all ranks, in the narrowest dtype that holds what they came in."""
+    dtypes = [reduce(torch.promote_types, (rows.dtype for rows in c.rows), torch.bool) for c in clouds]
+    codes = torch.tensor([_DTYPES.index(dtype) for dtype in dtypes], device=clouds[0].device())
+    for cloud, of_ranks in zip(clouds, torch.stack(gather(codes, group=group), dim=1).tolist(), strict=True):
+        dtype = reduce(torch.promote_types, (_DTYPES[code] for code in of_ranks))
+        cloud.rows[:] = [rows for rows in gather(cloud.held().to(dtype), group=group) if len(rows)]
+
+
+def counts_of(classes: Tensor) -> Tensor:
+    """Number of tokens of each class, ``[4]``, on their device."""
+    return (classes[:, None] == torch.arange(4, device=classes.device)).sum(dim=0)
+
+
+def _by_class(classes: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Each class that has tokens, and which these are; counts known, nothing waits for the device."""
+    places = classes.argsort(stable=True).split(list(counts))
+    return ((part, where) for part, where in enumerate(places) if len(where))
+
+
+def _chosen(tokens: Tensor, where: Tensor) -> Tensor:
+    return tokens if len(where) == len(tokens) else tokens[where]
+
+
+def _held_unless(sure: Tensor, classes: Tensor | int) -> Tensor:
+    """The classes of tokens that are sure, ``NEITHER`` for the others."""
+    return torch.where(sure, classes, NEITHER).byte()
+
+
+def _append(parts: list[Tensor], new: Tensor) -> None:
+    """Add tensor to the end of a list that stays short: each is more than twice as long as the next."""
+    while parts and len(parts[-1]) <= 2 * len(new):
+        new = torch.cat([parts.pop(), new])
+    parts.append(new)
+
+
+def _level(count: int) -> int:
+    return int(math.log(count, _GROWTH))
 
 
 def _bytes_of(tensors: Sequence[Tensor]) -> int:

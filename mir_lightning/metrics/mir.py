@@ -29,7 +29,15 @@ from mir_lightning.functional.mir import (
     rule_of,
 )
 from mir_lightning.metrics.base import PreciseMetric
-from mir_lightning.metrics.cloud import AccumulatedOutlierError, Cloud, Gather, Judged
+from mir_lightning.metrics.cloud import (
+    AccumulatedOutlierError,
+    Batch,
+    Cloud,
+    Gather,
+    Judged,
+    counts_of,
+    gather_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -155,35 +163,45 @@ class ModalityIntegrationRate(PreciseMetric):
             raise ValueError(f"layer must lie in 0 .. {self.num_layers - 1}, got {layer}.")
         given = enumerate(zip(vision, text, strict=True)) if layer is None else [(layer, (vision, text))]
         with torch.inference_mode(False), torch.no_grad():  # else later updates could not go on with these states
-            checked = [(index, *self._checked(v, t, index)) for index, (v, t) in given]
-            for index, tokens, norms in checked:
-                self._add(index, tokens, norms)
+            found = [(index, *self._sorted(v, t, index)) for index, (v, t) in given]
+            for index, batches, counts in found:
+                for cloud, batch, (*of_classes, _) in zip(self._clouds(index), batches, counts, strict=True):
+                    cloud.add(batch, of_classes)
 
-    def _checked(self, vision: Any, text: Any, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Tokens of a layer and their norms, where they can be added."""
+    def _sorted(self, vision: Any, text: Any, layer: int) -> tuple[list[Batch], list[list[int]]]:
+        """How tokens of a layer can be added, and how many of each class; nothing has been added yet.
+
+        The counts are all that an update waits for the device for, so whether norms are finite comes with them.
+        """
+        given, clouds = self._checked(vision, text, layer), self._clouds(layer)
+        norms = [norms_of(tokens) for tokens in given]
+        final = self._final_rules[layer] if self._final_rules else (None, None)
+        batches = [
+            Batch.held(tokens, of_tokens) if self._keeps_tokens else cloud.sort(tokens, of_tokens, rules)
+            for cloud, tokens, of_tokens, rules in zip(clouds, given, norms, final, strict=True)
+        ]
+        broken = torch.stack([(~of_tokens.isfinite()).any() for of_tokens in norms])
+        counts = torch.cat([torch.stack([counts_of(b.classes) for b in batches]), broken[:, None]], dim=1).tolist()
+        for modality, of_tokens, (*_, is_broken) in zip(_MODALITIES, norms, counts, strict=True):
+            if is_broken:
+                check_finite(modality, of_tokens, layer)
+        return batches, counts
+
+    def _checked(self, vision: Any, text: Any, layer: int) -> list[Tensor]:
+        """Tokens of a layer, where their shapes and devices are right."""
         check_tokens(vision, text, layer)
         if vision.shape[1] != self.hidden_size:
             raise ValueError(
                 f"tokens of layer {layer} must have width hidden_size={self.hidden_size}, got {vision.shape[1]}."
             )
         given = [tokens.cpu() if self.compute_on_cpu else tokens for tokens in (vision.detach(), text.detach())]
-        norms = [norms_of(tokens) for tokens in given]
-        for modality, tokens, of_tokens, cloud in zip(_MODALITIES, given, norms, self._clouds(layer), strict=True):
-            check_finite(modality, of_tokens, layer)
+        for tokens, cloud in zip(given, self._clouds(layer), strict=True):
             if (known := cloud.device(tokens.device)) != tokens.device:
                 raise ValueError(
                     f"tokens of layer {layer} were on {known} before and are on {tokens.device} now: "
                     "keep a layer on one device, or pass compute_on_cpu=True."
                 )
-        return given, norms
-
-    def _add(self, layer: int, given: list[Tensor], norms: list[Tensor]) -> None:
-        final = self._final_rules[layer] if self._final_rules else (None, None)
-        for tokens, of_tokens, cloud, rules in zip(given, norms, self._clouds(layer), final, strict=True):
-            if len(tokens) and self._keeps_tokens:
-                cloud.rows.append(tokens.clone())
-            elif len(tokens):
-                cloud.add(tokens, of_tokens, rules)
+        return given
 
     def compute(self) -> Tensor:
         """MIR of everything seen, a float64 scalar.
@@ -324,13 +342,12 @@ class ModalityIntegrationRate(PreciseMetric):
         """Merge across ranks; raw tokens travel only for official variants."""
         assert dist_sync_fn is not None
         self._synced_group = group = process_group or self.process_group
-        for layer in range(self.num_layers):
-            for cloud in self._clouds(layer):
-                if self._keeps_tokens:
-                    gathered = dist_sync_fn(cloud.held().double(), group=group)
-                    cloud.rows[:] = [rows for rows in gathered if len(rows)]
-                else:
-                    cloud.sync(dist_sync_fn, group)
+        clouds = [cloud for layer in range(self.num_layers) for cloud in self._clouds(layer)]
+        if self._keeps_tokens:
+            gather_rows(clouds, dist_sync_fn, group)
+            return
+        for cloud in clouds:
+            cloud.sync(dist_sync_fn, group)
 
     def _draw(self, ax: "Axes") -> None:
         layers = self.compute_breakdown()

@@ -366,7 +366,7 @@ class _Reading:
         self.metric.update(vision, text, layer=layer)
         if layer + 1 == self.sample_layer:
             for parts, tokens in zip(self._samples, (vision, text), strict=True):
-                parts.append(tokens[:: max(1, len(tokens) // self._sample_share)].float().cpu())
+                parts.append(tokens[:: max(1, len(tokens) // self._sample_share)].float())
 
     def loss(self) -> float | None:
         """Mean cross-entropy over all labelled tokens; ``None`` without any."""
@@ -377,6 +377,6 @@ class _Reading:
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """Some vision and text tokens of one layer, ``[n, d]`` float32, spread over this rank's batches."""
-        empty = torch.zeros(0, self.metric.hidden_size)
-        vision, text = (torch.cat([empty, *parts])[:_SAMPLE_SIZE] for parts in self._samples)
+        empty = torch.zeros(0, self.metric.hidden_size, device=self.metric.device)
+        vision, text = (torch.cat([empty, *parts])[:_SAMPLE_SIZE].cpu() for parts in self._samples)
         return vision, text

@@ -13,6 +13,7 @@ import argparse
 import torch
 
 from mir_lightning.metrics import ModalityIntegrationRate
+from mir_lightning.metrics.cloud import Cloud
 from mir_lightning.metrics.moments import packed_size
 from tests.benchmarks.timing import best
 
@@ -34,7 +35,7 @@ def _feed(metric, batches):
 
 
 def _state_bytes(metric):
-    kinds = {"moments": 0, "rows": 0, "norms": 0, "dropped": 0}
+    kinds = dict.fromkeys(Cloud.STATES, 0)
     for name in metric._defaults:
         kinds[name.rsplit("_", 1)[1]] += sum(tensor.nbytes for tensor in getattr(metric, name))
     return kinds

@@ -51,7 +51,8 @@ def _compare(d, device, sqrtm):
 
 
 def _layer(x, y, d):
-    return layer_distance((pair := (x, y)), pair, 1.0, (3 * d, 3 * d), (0, 0), (0, 0))
+    norms = (torch.ones(()).to(x.mean), torch.ones(()).to(x.mean))
+    return layer_distance((pair := (x, y)), pair, norms, (3 * d, 3 * d), (0, 0), (0, 0))
 
 
 def main():
