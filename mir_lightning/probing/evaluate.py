@@ -377,6 +377,6 @@ class _Reading:
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """Some vision and text tokens of one layer, ``[n, d]`` float32, spread over this rank's batches."""
-        empty = torch.zeros(0, self.metric.hidden_size, device=self.metric.device)
-        vision, text = (torch.cat([empty, *parts])[:_SAMPLE_SIZE].cpu() for parts in self._samples)
+        empty = torch.zeros(0, self.metric.hidden_size)
+        vision, text = (torch.cat(parts)[:_SAMPLE_SIZE].cpu() if parts else empty for parts in self._samples)
         return vision, text

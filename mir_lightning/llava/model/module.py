@@ -163,9 +163,8 @@ class LlavaPretraining(pl.LightningModule):
         self._groups = optimizer_groups(self.vlm, self.stages)
         self._routers = [] if self.router is None else find_routers(self.vlm)
         if self._routers:
-            self.vlm.config.get_text_config(
-                decoder=True
-            ).output_router_logits = False  # it would add a loss itself
+            text = self.vlm.config.get_text_config(decoder=True)
+            text.output_router_logits = False  # it would add a loss of its own
         memory = training_memory(self.vlm, self.stages, 1 if mesh is None else mesh.size())
         rank_zero_info(f"memory     {memory}")
         freeze_all_but(self.vlm, self.stages[0])
