@@ -180,14 +180,24 @@ class PretrainingData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is, and what was left out so far."""
         stream = None if self._stream is None else self._stream.state_dict()
-        place = {"epoch": self._epoch, "done": self._done, "drawn": dict(self.drawn)}
+        place = {"epoch": self._epoch, "done": self._done, "drawn": self._drawn_by_all()}
         return {**place, "unreadable": self.unreadable, "stream": stream}
+
+    def _drawn_by_all(self) -> dict[str, int]:
+        """Samples that all ranks have trained on, of each source; every rank has to ask."""
+        if self.trainer is None or not self.drawn:
+            return dict(self.drawn)
+        strategy = self.trainer.strategy
+        counts = torch.tensor(list(self.drawn.values()), device=strategy.root_device)
+        whole = strategy.reduce(counts, reduce_op="sum").tolist()
+        return dict(zip(self.drawn, whole, strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self._epoch, self._done = state_dict["epoch"], state_dict["done"]
         self.unreadable = list(state_dict["unreadable"])
-        self.drawn |= {name: state_dict["drawn"].get(name, 0) for name in self.source_names}
+        first = self.trainer is None or self.trainer.is_global_zero  # the counts are those of all ranks
+        self.drawn = {name: state_dict["drawn"].get(name, 0) * first for name in self.source_names}
         self._stream_state = state_dict["stream"]
         self._resume_stream()
 
