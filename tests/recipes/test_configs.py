@@ -87,7 +87,7 @@ def test_two_steps_of_every_schedule(recipe, tmp_path, weights, capsys, schedule
     assert (tmp_path / "run" / "model" / "adapter").is_dir() == (schedule == "lora")
 
 
-@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("experts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_steps_of_mm1_at_its_published_shapes(recipe, tmp_path, weights, experts):
     """378 pixels, 144 tokens of a C-Abstractor, packed rows of 4,096, everything unfrozen; 64 experts."""
     vision = {**VISION, "num_hidden_layers": 2, "patch_size": 14, "image_size": 28}
@@ -117,7 +117,7 @@ def test_two_steps_of_mm1_at_its_published_shapes(recipe, tmp_path, weights, exp
     assert model.config.vision_config.image_size == 378
     curves = read_run(tmp_path).curves
     for name in ("captions", "interleaved"):
-        assert len(curves[f"mir_sources/{name}"]) == len(curves[f"image_gain_sources/{name}"]) == 3
+        assert len(curves[f"mir_sources/{name}"]) == len(curves[f"image_gain_sources/{name}"]) == 2
     shares = [curves[f"train_share/{name}"][-1][1] for name in ("captions", "interleaved", "text")]
     assert shares == pytest.approx([0.45, 0.45, 0.1])
     assert ("moe/load/layer_02" in curves) == ("train/router_z" in curves) == experts
