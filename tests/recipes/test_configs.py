@@ -104,6 +104,7 @@ def test_two_steps_of_mm1_at_its_published_shapes(recipe, tmp_path, weights, exp
         "global_batch_size": 10,
         "probe_size": 10,
     }
+    more["mir"] = {"every_n_steps": 2}
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
     _two_steps(recipe, tmp_path, weights, *configs, model="mm1", after=[tmp_path / "more.yaml"])
     model, processor = (load(str(tmp_path / "run" / "model")) for load in (load_vlm, load_processor))
