@@ -39,7 +39,7 @@ class Pretraining(pl.LightningModule):
         return DataLoader([tiny_batch(seed=s) for s in range(8)], batch_size=None, shuffle=True)
 
 
-def fit(folder, callbacks=(), module=None, ckpt_path=None, **options):
+def fit(folder, callbacks=(), module=None, ckpt_path=None, data=None, **options):
     pl.seed_everything(0, verbose=False)
     module = module or Pretraining()
     options = {"logger": CSVLogger(folder), "max_steps": STEPS, "enable_checkpointing": False, **options}
@@ -52,7 +52,7 @@ def fit(folder, callbacks=(), module=None, ckpt_path=None, **options):
         callbacks=list(callbacks),
         **options,
     )
-    trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
     return trainer, module
 
 

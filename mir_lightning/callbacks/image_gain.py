@@ -10,6 +10,7 @@ from torch import nn
 
 from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.base import ProbingCallback
+from mir_lightning.callbacks.loggers import check_source
 from mir_lightning.callbacks.loops import Loop, Table
 from mir_lightning.probing.exchange import Exchange
 from mir_lightning.probing.image_gain import ImageGainResult, evaluate_image_gain
@@ -70,8 +71,7 @@ class ImageGainCallback(ProbingCallback):
         assert self.network is not None
         network = Network(self.network, image_token_id=self.engine["image_token_id"])
         for source in Exchange(network, self.probe, self.engine["seed"]).sources:
-            if source is not None and "/" in source:
-                raise ValueError(f'source {source!r} of the probe must hold no "/": loggers take it for a folder.')
+            check_source(source or "")
         return settings
 
     def measure(self, loop: Loop) -> ImageGainResult:

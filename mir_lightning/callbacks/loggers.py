@@ -36,6 +36,12 @@ def for_each(loggers: Iterable[Logger], log: Callable[[Logger], None]) -> None:
         raise errors[0]
 
 
+def check_source(name: str) -> None:
+    """A ``ValueError`` for a source of a probe that cannot end the name of a curve."""
+    if "/" in name:
+        raise ValueError(f'source {name!r} of the probe must hold no "/": loggers take it for a folder.')
+
+
 @singledispatch
 def log_media(
     logger: Logger, prefix: str, figures: Figures, table: tuple[list[str], Sequence[Sequence[Any]]], step: int

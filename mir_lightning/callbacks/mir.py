@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.alarms import label_fault
 from mir_lightning.callbacks.base import ProbingCallback
+from mir_lightning.callbacks.loggers import check_source
 from mir_lightning.callbacks.loops import Loop, Table
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.frechet import RankOrder
@@ -112,8 +113,7 @@ class MIRCallback(ProbingCallback):
         self.network = inside if foreign else find_entrance(module, self.model)
         self.probe = probe = self.make_probe(self.probe)
         for source in probe.by_source():
-            if "/" in source:
-                raise ValueError(f'source {source!r} of the probe must hold no "/": loggers take it for a folder.')
+            check_source(source)
         network = Network(self.network, **self.places)
         self._config = None if network.vlm is None else network.vlm.config
         masks = network.masks(probe, self.engine["text"])

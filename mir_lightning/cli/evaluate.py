@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from textwrap import shorten
@@ -24,9 +25,9 @@ from mir_lightning.cli.options import (
     ProbeOptions,
     at_least_one,
     flags,
-    from_zero,
     option,
     output_file,
+    whole_number,
 )
 from mir_lightning.cli.probe import choose_pairs, source_of
 from mir_lightning.probing.choices.few_shot import FewShotProbe, evaluate_few_shot, pair_items
@@ -57,7 +58,7 @@ class Eval(EvaluationOptions):
     shots: list[int] | None = option(
         "also the captions, or the answers to --data's questions, that the model writes after K solved examples "
         "of other pairs, with MM1's prompts, such as --shots 0 4 8",
-        type=from_zero,
+        type=partial(whole_number, least=0),
         nargs="+",
         metavar="K",
     )

@@ -10,6 +10,7 @@ from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -57,18 +58,14 @@ def add_arguments(parser: ArgumentParser, command: type) -> None:
             group.add_argument(*(names if item.default is not MISSING else [item.name]), **settings)
 
 
-def at_least_one(value: str) -> int:
+def whole_number(value: str, least: int) -> int:
     """An argument that counts something."""
-    if not value.isdigit() or int(value) < 1:
-        raise ArgumentTypeError(f"must be a whole number of at least 1, got {value!r}")
+    if not value.isdigit() or int(value) < least:
+        raise ArgumentTypeError(f"must be a whole number of at least {least}, got {value!r}")
     return int(value)
 
 
-def from_zero(value: str) -> int:
-    """An argument that counts something there may be none of."""
-    if not value.isdigit():
-        raise ArgumentTypeError(f"must be a whole number from 0 on, got {value!r}")
-    return int(value)
+at_least_one = partial(whole_number, least=1)
 
 
 def output_file(value: str, place: str = "") -> Path:

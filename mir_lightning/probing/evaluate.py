@@ -209,12 +209,10 @@ def evaluate_mir(
     if check and not checked:
         warnings.warn(UncheckedMaskWarning(_NOTHING_MOVED), stacklevel=2)
     sources = {}
-    for name, part in probe.by_source().items():
-        of_pictures = [
-            mask.vision.any() for batch, mask in zip(probe, masks, strict=True) if name in batch["source"]
-        ]
-        if any(of_pictures):
-            of_source = evaluate_mir(probe=part, progress=progress and f"{progress}, {name}", **again)
+    for name, batches in probe.by_source().items():
+        if any(masks[index].vision.any() for index in batches):
+            title = progress and f"{progress}, {name}"
+            of_source = evaluate_mir(probe=probe.part(batches), progress=title, **again)
             sources[name] = SourceMIR(of_source.mir, of_source.loss)
     by_layer = {
         name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])

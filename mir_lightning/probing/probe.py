@@ -79,14 +79,20 @@ class Probe:
             whole.update(self._digests.get(index) or batch_digest(self[index]))
         return whole.hexdigest()
 
-    def by_source(self) -> dict[str, Probe]:
-        """The batches of each source, where there are several and each batch is of one; else nothing."""
-        named = [set(batch.get("source", ())) for batch in self]
-        if any(len(names) != 1 for names in named) or len(found := set().union(*named)) < 2:
-            return {}
-        return {
-            name: Probe(b for b, names in zip(self, named, strict=True) if name in names) for name in sorted(found)
-        }
+    def by_source(self) -> dict[str, list[int]]:
+        """Which batches are of each source, where there are several and each batch is of one; else nothing."""
+        found: dict[str, list[int]] = {}
+        for index, batch in enumerate(self):
+            if len(names := set(batch.get("source", ()))) != 1:
+                return {}
+            found.setdefault(names.pop(), []).append(index)
+        return dict(sorted(found.items())) if len(found) > 1 else {}
+
+    def part(self, batches: Iterable[int]) -> Probe:
+        """A probe of some of the batches, which are not copied."""
+        part = Probe.__new__(Probe)
+        part._digests, part._batches = {}, [self[index] for index in batches]
+        return part
 
     def pin_memory(self) -> None:
         """Page-lock the batches, so that they move to a GPU while it computes."""

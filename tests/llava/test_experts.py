@@ -26,7 +26,7 @@ from mir_lightning.llava.model.stages import Part, Stage
 from tests.distributed import run_on_ranks
 from tests.families import MOE, build_family, family_batch
 from tests.models import tiny_batch, tiny_llava
-from tests.training import Environment
+from tests.training import Environment, fit
 
 SIZE = {
     "hidden_size": 24,
@@ -189,19 +189,8 @@ class Gradients(pl.Callback):
 
 def _fit(module, root, batches, callbacks=(), **options):
     gradients = Gradients()
-    options = {"max_steps": 1, "logger": False, **options}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        log_every_n_steps=1,
-        use_distributed_sampler=False,
-        callbacks=[gradients, *callbacks],
-        default_root_dir=root,
-        **options,
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=None))
+    options = {"max_steps": 1, "logger": False, "use_distributed_sampler": False, **options}
+    fit(root, [gradients, *callbacks], module, data=DataLoader(batches, batch_size=None), **options)
     return gradients.found
 
 

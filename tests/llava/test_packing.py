@@ -6,7 +6,8 @@ from PIL import Image
 
 from mir_lightning.llava.costs import training_flops
 from mir_lightning.llava.data.batches import ConversationCollator
-from mir_lightning.llava.data.packing import pack, sample_numbers, samples_of, source_losses
+from mir_lightning.llava.data.mixture import source_losses
+from mir_lightning.llava.data.packing import pack, sample_numbers, samples_of
 from mir_lightning.llava.data.prompts import PlainPrompt
 from mir_lightning.llava.data.source import Sample
 from mir_lightning.llava.model.module import model_inputs

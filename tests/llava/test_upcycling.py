@@ -3,7 +3,6 @@
 import csv
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -36,6 +35,7 @@ from mir_lightning.llava.model.stages import Part, Stage, freeze_all_but
 from mir_lightning.llava.model.upcycling import Upcycling, upcycle
 from tests.distributed import run_on_ranks
 from tests.models import IMAGE_TOKEN, tiny_batch, tiny_llava
+from tests.training import fit
 
 SIZE = {
     "hidden_size": 24,
@@ -197,18 +197,8 @@ def _batch(module, seed=0):
 
 
 def _run(module, folder, steps, callbacks=(), resume=None, **options):
-    pl.seed_everything(0, verbose=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        **options,
-    )
-    trainer.fit(module, DataLoader([_batch(module)] * 4, batch_size=None), ckpt_path=resume, weights_only=True)
+    options = {"max_steps": steps, "enable_checkpointing": True, **options}
+    fit(folder, callbacks, module, resume, DataLoader([_batch(module)] * 4, batch_size=None), **options)
 
 
 def _moved(module, before):

@@ -43,11 +43,11 @@ class Documents(IndexedSource):
         self.files = files
         self.tables = [_rows(file) for file in files]
         self.ends = np.cumsum([len(table) for table in self.tables])
-        for table, (file, rows) in enumerate(zip(files, self.tables, strict=True)):
+        for file, rows in zip(files, self.tables, strict=True):
             for row, count in enumerate(_counts(file, rows)):
                 if count > max_images:
                     raise ValueError(
-                        f"{self._place(table, row)} has {count} pictures, more than max_images={max_images}."
+                        f"{_place(file, row)} has {count} pictures, more than max_images={max_images}."
                     )
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Documents(IndexedSource):
     def __getitem__(self, index: int) -> Sample:
         table = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[table - 1]) if table else 0)
-        place = self._place(table, row)
+        place = _place(self.files[table], row)
         try:
             parts = document_parts(place, self.tables[table][row])
         except ValueError as error:  # of parquet; those of .jsonl were all read before
@@ -65,13 +65,14 @@ class Documents(IndexedSource):
         text = "\n".join(IMAGE if kind == "image" else part for kind, part in parts)
         return Sample(tuple(pictures), (text,), name=place)
 
-    def _place(self, table: int, row: int) -> str:
-        return f"{self.files[table]}, document {row}"
-
     def _source(self, picture: Any) -> Path | BytesIO:
         if isinstance(picture, dict):
             picture = picture["bytes"] if picture.get("bytes") is not None else picture["path"]
         return BytesIO(picture) if isinstance(picture, bytes) else image_path(self.image_folder, picture)
+
+
+def _place(file: Path, row: int) -> str:
+    return f"{file}, document {row}"
 
 
 def document_parts(place: str, raw: Any) -> list[tuple[str, Any]]:
@@ -120,11 +121,11 @@ def _counts(file: Path, rows: Any) -> Iterator[int]:
     """Pictures of each document; those of parquet are counted by what is not null, and not read."""
     if isinstance(rows, list):
         for row, raw in enumerate(rows):
-            parts = document_parts(f"{file}, document {row}", raw)
+            parts = document_parts(_place(file, row), raw)
             pictures = [part for kind, part in parts if kind == "image"]
             if not all(isinstance(picture, str) and picture for picture in pictures):
-                raise ValueError(f"{file}, document {row}: pictures must be paths, got {pictures!r:.80}.")
-            yield from [len(pictures)]
+                raise ValueError(f"{_place(file, row)}: pictures must be paths, got {pictures!r:.80}.")
+            yield len(pictures)
         return
     for chunk in rows.data.column("images").chunks if "images" in rows.features else ():
         valid = chunk.flatten().is_valid().to_numpy(zero_copy_only=False)

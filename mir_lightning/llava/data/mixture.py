@@ -1,14 +1,16 @@
 """Several sources in one stream, each with its share: MM1's mixture of captions, documents and plain text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
 from mir_lightning.functional.checks import check_choice
+from mir_lightning.llava.data.packing import sample_numbers
 from mir_lightning.llava.data.source import IndexedSource, Sample, Source
 
 Exhausted = Literal["stop", "repeat", "drop"]
@@ -86,20 +88,19 @@ class Mixture(Source):
         if self.exhausted == "repeat":
             whole = max(size / weight for size, weight in zip(sizes, self.weights, strict=True))
             return [apportion(self.weights, scale or int(whole))]
-        left, stretches = list(sizes), list[list[int]]()
-        while any(left) and (scale is None or scale > sum(map(sum, stretches))):
+        left, stretches, wanted = list(sizes), list[list[int]](), sum(sizes) if scale is None else scale
+        while any(left) and wanted:
             weights = [weight * bool(size) for weight, size in zip(self.weights, left, strict=True)]
-            longest = min((n + 1) / weight for n, weight in zip(left, weights, strict=True) if weight) * sum(
-                weights
-            )
-            total = int(longest) if scale is None else min(int(longest), scale - sum(map(sum, stretches)))
+            longest = min((n + 1) / weight for n, weight in zip(left, weights, strict=True) if weight)
+            total = min(int(longest * sum(weights)), wanted)
             while any(count > n for count, n in zip(apportion(weights, total), left, strict=True)):
                 total -= 1
             stretches.append(apportion(weights, total))
             left = [n - count for n, count in zip(left, stretches[-1], strict=True)]
+            wanted -= total
             if self.exhausted == "stop":
                 break
-        if scale is not None and sum(map(sum, stretches)) < scale:
+        if scale is not None and wanted:
             have = ", ".join(f"{size} of {name!r}" for name, size in zip(self.names, sizes, strict=True))
             raise ValueError(
                 f"data_scale={scale} by weights {self.weights} needs more samples than there are ({have}): "
@@ -154,3 +155,19 @@ class Mixed(Dataset):
             rounds = [torch.randperm(pool, generator=generator) for _ in range(-(-len(places) // pool))]
             order[places] = self.starts[number] + torch.cat([*rounds, places[:0]])[: len(places)]
         return order
+
+
+def source_losses(batch: Mapping[str, Any], logits: Tensor, names: Sequence[str]) -> Tensor:
+    """Cross-entropy of a batch's labelled tokens by source: sum and number, float64 ``[len(names), 2]``.
+
+    ``logits`` ``[B, S', V]`` are those of the last ``S'`` positions.
+    """
+    targets, samples = batch["labels"][:, 1:], sample_numbers(batch)[:, 1:]
+    targets, samples = (tensor[:, tensor.shape[1] + 1 - logits.shape[1] :] for tensor in (targets, samples))
+    learned = targets != -100
+    losses = cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
+    of_sample = [names.index(name) if name in names else len(names) for name in batch["source"]]
+    of_token = torch.tensor(of_sample, device=losses.device)[samples[learned]]
+    found = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=losses.device)
+    found.index_add_(0, of_token, torch.stack([losses, torch.ones_like(losses)], dim=1).double())
+    return found[:-1]

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 Row = dict[str, list[int]]
 
@@ -39,25 +38,10 @@ def pack(rows: Sequence[Row], length: int) -> tuple[list[Row], list[int]]:
     return packed, [number for row in contents for number in row]
 
 
-def source_losses(batch: Mapping[str, Any], logits: Tensor, names: Sequence[str]) -> Tensor:
-    """Cross-entropy of a batch's labelled tokens by source: sum and number, float64 ``[len(names), 2]``.
-
-    ``logits`` ``[B, S', V]`` are those of the last ``S'`` positions.
-    """
-    targets, samples = batch["labels"][:, 1:], sample_numbers(batch)[:, 1:]
-    targets, samples = (tensor[:, tensor.shape[1] + 1 - logits.shape[1] :] for tensor in (targets, samples))
-    learned = targets != -100
-    losses = cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
-    of_sample = [names.index(name) if name in names else len(names) for name in batch["source"]]
-    of_token = torch.tensor(of_sample, device=losses.device)[samples[learned]]
-    found = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=losses.device)
-    found.index_add_(0, of_token, torch.stack([losses, torch.ones_like(losses)], dim=1).double())
-    return found[:-1]
-
-
 def samples_of(batch: Mapping[str, Any]) -> int:
     """How many samples are in a training batch, packed or not."""
-    return int(sample_numbers(batch).max()) + 1
+    packed = "position_ids" in batch
+    return int(_starts(batch).sum()) if packed else len(batch["input_ids"])
 
 
 def sample_numbers(batch: Mapping[str, Any]) -> Tensor:
@@ -66,5 +50,10 @@ def sample_numbers(batch: Mapping[str, Any]) -> Tensor:
     if "position_ids" not in batch:
         numbers = torch.arange(shape[0], device=valid.device)[:, None].expand(shape)
     else:
-        numbers = ((batch["position_ids"] == 0) & valid).flatten().cumsum(0).view(shape) - 1
+        numbers = _starts(batch).flatten().cumsum(0).view(shape) - 1
     return numbers.where(valid, -1)
+
+
+def _starts(batch: Mapping[str, Any]) -> Tensor:
+    """Where the samples of a packed batch begin, bool ``[B, S]``."""
+    return (batch["position_ids"] == 0) & batch["attention_mask"].bool()

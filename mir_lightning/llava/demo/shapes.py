@@ -115,9 +115,8 @@ class Shapes(Source):
 
     def split(self, held_out: int, scale: int | None, seed: int) -> tuple[ShapesDataset, ShapesDataset]:
         """As many as are wanted: there is no end of them."""
-        lengths: tuple[tuple[Split, int], ...] = (("train", scale or 960), ("held_out", held_out))
-        training, first = (ShapesDataset(split, length, seed, self.kind) for split, length in lengths)
-        return training, first
+        training = ShapesDataset("train", scale or 960, seed, self.kind)
+        return training, ShapesDataset("held_out", held_out, seed, self.kind)
 
 
 def draw_sample(split: Split, index: int, seed: int | str = 0) -> tuple[Image.Image, str]:

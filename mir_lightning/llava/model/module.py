@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mir_lightning.callbacks.schedule import tokens_of
 from mir_lightning.llava.console import stage_table
 from mir_lightning.llava.costs import training_flops, training_memory
-from mir_lightning.llava.data.packing import source_losses
+from mir_lightning.llava.data.mixture import source_losses
 from mir_lightning.llava.model.backbones import ModelSource, build_model, build_processor
 from mir_lightning.llava.model.experts import (
     Router,
