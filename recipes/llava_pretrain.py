@@ -45,9 +45,12 @@ class RecipeCLI(LightningCLI):
             (ImageGainCallback, "image_gain.probe", probes.gain_probe),
             (SDSCallback, "sds.items", probes.choices),
             (FewShotCallback, "few_shot.items", probes.few_shot),
+            (FewShotCallback, "answers.items", probes.answers),
             (CaptionCallback, "captions.items", probes.captions),
         ):
-            parser.add_lightning_class_args(callback, target.partition(".")[0])
+            name = target.partition(".")[0]
+            parser.add_lightning_class_args(callback, name)
+            parser.set_defaults({f"{name}.name": name})
             make = partial(partial, items)  # given the data, the items are made when the fit starts
             parser.link_arguments("data", target, compute_fn=make, apply_on="instantiate")
         parser.add_lightning_class_args(probes.RecipeMIR, "mir")  # after the gain, whose points its overview shows
@@ -79,6 +82,7 @@ class RecipeCLI(LightningCLI):
             "captions": options.data.caption_pictures,
             "sds": options.data.shapes_choices or options.data.choice_items,
             "few_shot": options.data.shapes_few_shot,
+            "answers": options.data.answers,
         }
         callbacks = self._parser(self.subcommand).callback_keys
         callbacks[:] = [name for name in callbacks if needed.get(name, True)]

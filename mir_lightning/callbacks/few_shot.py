@@ -15,8 +15,9 @@ class FewShotCallback(ProbingCallback):
     """Evaluate the few-shot in-context score of the model in training.
 
     Logged to every logger, and set in ``trainer.callback_metrics``: ``few_shot/em_<k>`` and ``few_shot/f1_<k>``
-    (exact match and token F1 after k examples, mean over tasks), and by task ``few_shot_tasks/em_<k>/<task>`` and
-    ``few_shot_tasks/f1_<k>/<task>``.
+    (exact match and token F1 after k examples, mean over tasks), by task ``few_shot_tasks/em_<k>/<task>`` and
+    ``few_shot_tasks/f1_<k>/<task>``, and by ability, means over its tasks, ``few_shot_abilities/em_<k>/<ability>``
+    and ``few_shot_abilities/f1_<k>/<ability>``.
 
     Args:
         items: a :class:`~mir_lightning.probing.FewShotProbe`, or a zero-argument callable that makes one when the
@@ -53,11 +54,12 @@ class FewShotCallback(ProbingCallback):
         return made_of(FewShotProbe, source)
 
     def values(self, result: FewShotResult) -> dict[str, float]:
-        """Exact match and F1 by number of shots, over all tasks and by task."""
+        """Exact match and F1 by number of shots: over all tasks, by task and by ability."""
         values = {}
-        for count, by_task in result.scores.items():
-            for task, score in by_task.items():
-                for kind, value in (("em", score.exact_match), ("f1", score.f1)):
-                    name = f"{self.name}_tasks/{kind}_{count}/{task}" if task else f"{self.name}/{kind}_{count}"
-                    values[name] = value
+        for group, found in (("tasks", result.scores), ("abilities", result.abilities)):
+            for count, scores in found.items():
+                for part, score in scores.items():
+                    for kind, value in (("em", score.exact_match), ("f1", score.f1)):
+                        place = f"_{group}/{kind}_{count}/{part}" if part else f"/{kind}_{count}"
+                        values[self.name + place] = value
         return values

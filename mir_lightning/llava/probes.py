@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mir_lightning import MIRCallback
 from mir_lightning.llava.data.module import PretrainingData
 from mir_lightning.llava.data.source import Sample
+from mir_lightning.llava.demo.emoji import EmojiScenes, scene_items
 from mir_lightning.llava.demo.questions import shapes_choices, shapes_few_shot
 from mir_lightning.probing.choices.few_shot import FewShotProbe
 from mir_lightning.probing.choices.items import IMAGE, ChoiceItem
@@ -18,6 +21,8 @@ from mir_lightning.probing.choices.m3_bench import load_items
 from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
+
+_TASK = attrgetter("task")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def held_out_probe(data: PretrainingData, samples: int) -> Probe:
     held_out, size = data.samples[1], data.batch_size
     collate = replace(data.collate, always_pictures=False, pack=False)
     drawn = [held_out[index] for index in range(min(len(held_out), samples))]
-    by_source = [[sample for sample in drawn if sample.source == name] for name in data.source_names or [""]]
+    names = dict.fromkeys(sample.source for sample in drawn)
+    by_source = [[sample for sample in drawn if sample.source == name] for name in names]
     chunks = (part[start : start + size] for part in by_source for start in range(0, len(part), size))
     batches = [collate(chunk) for chunk in chunks]
     for line in (line for batch in batches for line in batch.pop("unreadable")):
@@ -79,12 +85,25 @@ def gain_probe(data: PretrainingData) -> Probe:
 def choices(data: PretrainingData) -> ChoiceProbe:
     """Multiple-choice items, asked as the model is trained to answer, or in a style."""
     style = data.choice_style
-    if data.choice_items is None:
-        items = shapes_choices(data.shapes_choices, data.seed)
-    else:
-        items = load_items(data.choice_items, seed=data.seed, style=style)
+    items = _questions(data, data.shapes_choices)
     template = data.collate.prompt.question("{prompt}") if style is None else None
     return ChoiceProbe(items, data.collate.processor, template, style=style)
+
+
+def _questions(data: PretrainingData, per_task: int) -> list[ChoiceItem]:
+    """All of a file, or so many of each task on drawn pictures."""
+    if data.choice_items is not None:
+        return load_items(data.choice_items, seed=data.seed, style=data.choice_style)
+    if isinstance(data.held_out or data.source, EmojiScenes):
+        return scene_items(per_task)
+    return shapes_choices(per_task, data.seed)
+
+
+def answers(data: PretrainingData) -> FewShotProbe:
+    """Questions to answer in writing, asked as the model is trained to answer."""
+    asked = [part for _, part in groupby(sorted(_questions(data, data.answers), key=_TASK), key=_TASK)]
+    items = [item for part in asked for item in islice(part, data.answers)]
+    return FewShotProbe(items, (), data.collate.processor, (0,), template=data.collate.prompt.question("{prompt}"))
 
 
 def few_shot(data: PretrainingData) -> FewShotProbe:

@@ -47,6 +47,8 @@ def test_logs_the_numbers_of_evaluate_mir_under_the_documented_names(tmp_path, p
         ("mir_probe/loss", result.loss),
         ("mir_probe/perplexity", result.perplexity),
         ("mir_equal_norm", result.mir_equal_norm),
+        ("mir_gap/mean", result.mean_gap.sum().item()),
+        ("mir_gap/covariance", result.cov_gap.sum().item()),
         ("mir_norm/mean", result.norm_ratio.mean().item()),
         ("mir_norm/layer_02", result.norm_ratio[1].item()),
         ("mir_rank/vision", result.effective_rank[:, 0].mean().item()),

@@ -3,52 +3,23 @@
     python -m tests.recipes.faults runs/faults [--seeds 0] [--clean 0 1 2 3 4] [--precision 32-true]
 
 trains a small LLaVA from random weights on drawn shapes, clean with some seeds and with each fault, and
-prints alarms and readings. In a run of your own: ``--trainer.callbacks+=tests.recipes.faults.Planted
---trainer.callbacks.fault=shuffled``.
+prints alarms and readings.
 """
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import lightning.pytorch as pl
 import torch
 import transformers
 import yaml
 
+from recipes.controls import Fault
 from tests.processors import tokenizer
 
-Fault = Literal["shuffled", "zeroed", "unshifted", "frozen"]
 ROOT = Path(__file__).parents[2]
-
-
-class Planted(pl.Callback):
-    """Spoils training, and leaves the probes as they are.
-
-    Args:
-        fault: ``"shuffled"``: captions are beside other pictures of their batch; ``"zeroed"``: pixels do not
-            arrive; ``"unshifted"``: the labels ask for the word that is given; ``"frozen"``: the projector never
-            learns.
-    """
-
-    def __init__(self, fault: Fault) -> None:
-        self.fault = fault
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.fault == "shuffled":
-            batch["pixel_values"] = batch["pixel_values"].roll(1 + trainer.global_step % 3, 0)
-        elif self.fault == "zeroed":
-            batch["pixel_values"] = batch["pixel_values"] * 0
-        elif self.fault == "unshifted":
-            labels, given = batch["labels"], batch["input_ids"].roll(1, 1)
-            batch["labels"] = labels.where(labels == -100, given)
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if self.fault == "frozen":
-            for parameter in pl_module.vlm.model.multi_modal_projector.parameters():
-                parameter.grad = None
 
 
 def save_small_vlm(folder: Path) -> None:
@@ -77,7 +48,7 @@ def save_small_vlm(folder: Path) -> None:
 def small_run(root: Path, name: str, seed: int, fault: Fault | None, steps: int = 200) -> dict[str, Any]:
     """The config of a run below ``root``, of the model there."""
     parts = [{"module": part, "lr": 1e-3} for part in ("vision", "projector", "llm")]
-    planted = [{"class_path": "tests.recipes.faults.Planted", "init_args": {"fault": fault}}] if fault else []
+    planted = [{"class_path": "recipes.controls.Planted", "init_args": {"fault": fault}}] if fault else []
     return {
         "seed_everything": seed,
         "trainer": {

@@ -19,12 +19,14 @@ from mir_lightning.llava.data.records import Records
 from mir_lightning.llava.data.shards import Shards
 from mir_lightning.llava.data.source import Source
 from mir_lightning.llava.data.table import Table
+from mir_lightning.llava.demo.emoji import EmojiScenes
 from mir_lightning.llava.demo.shapes import Shapes
 from mir_lightning.probing.choices.styles import StyleName
 from mir_lightning.probing.images import UnreadableImageError
 
 __all__ = [
     "Documents",
+    "EmojiScenes",
     "Mixture",
     "PretrainingData",
     "Records",
@@ -39,7 +41,9 @@ class PretrainingData(pl.LightningDataModule):
     """Training batches, and the samples that probes are made of.
 
     Args:
-        source: of the samples: Records, Table, Documents, Shards, Shapes (drawn ones, by default), or a Mixture.
+        source: of the samples: Records, Table, Documents, Shards, Shapes (drawn ones, by default),
+            EmojiScenes, or a Mixture.
+        held_out: where held-out samples come from, if not from ``source``.
         data_scale: number of training samples, drawn at random with ``seed``; all when None. Of drawn shapes, the
             samples of an epoch.
         batch_size: samples a batch, on each device.
@@ -57,9 +61,11 @@ class PretrainingData(pl.LightningDataModule):
         caption_pictures: held-out pictures to write captions of at every evaluation; 0 for none.
         choice_items: ``.jsonl`` file of multiple-choice items, or an M3-Bench folder, for the Soft Discrimination
             Score.
+        answers: questions of each task to be answered in writing and scored by exact match, of that file or on the
+            drawn pictures; 0 for none.
         choice_style: ask them as RADAR's released script for ``"llava"``, ``"qwen"`` or ``"internvl"`` models,
             instead of as the model is trained.
-        shapes_choices: items of each built-in task on drawn shapes instead; 0 for none.
+        shapes_choices: items of each built-in task on drawn pictures instead; 0 for none.
         shapes_few_shot: captions and short answers on drawn shapes, of each task, for the few-shot baseline; 0 for
             none.
         seed: of every draw.
@@ -67,6 +73,7 @@ class PretrainingData(pl.LightningDataModule):
     """
 
     source: Source | None = None
+    held_out: Source | None = None
     data_scale: int | None = None
     batch_size: int = 16
     global_batch_size: int | None = None
@@ -83,6 +90,7 @@ class PretrainingData(pl.LightningDataModule):
     choice_style: StyleName | None = None
     shapes_choices: int = 0
     shapes_few_shot: int = 0
+    answers: int = 0
     seed: int = 0
     num_workers: int = 0
 
@@ -104,7 +112,10 @@ class PretrainingData(pl.LightningDataModule):
     @cached_property
     def samples(self) -> tuple[Any, Any]:
         """Training and held-out samples, drawn once."""
-        return self._source.split(self.probe_size, self.data_scale, self.seed)
+        training, held_out = self._source.split(self.probe_size, self.data_scale, self.seed)
+        if self.held_out is not None:
+            held_out = self.held_out.split(self.probe_size, None, self.seed)[1]
+        return training, held_out
 
     @property
     def collate(self) -> ConversationCollator:

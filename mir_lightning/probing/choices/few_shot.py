@@ -11,8 +11,8 @@ import random
 import re
 import string
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -51,12 +51,14 @@ class FewShotResult:
 
     Attributes:
         scores: by number of shots, then by task; ``""`` is the mean over tasks.
+        abilities: by number of shots, then by ability: means over its tasks.
         answers: by number of shots, the answers written, in the order of the items.
         fingerprint: of the probe.
         seconds: wall-clock time of the evaluation.
     """
 
     scores: dict[int, dict[str, AnswerScore]]
+    abilities: dict[int, dict[str, AnswerScore]]
     answers: dict[int, list[str]]
     fingerprint: str
     seconds: float
@@ -160,14 +162,15 @@ def evaluate_few_shot(
     start = time.perf_counter()
     check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
     vlm = find_vlm(model)
-    answers, scores = {}, {}
+    answers, scores, abilities = {}, {}, {}
     with leave_no_trace(model):
         for count, probe in items.probes.items():
             scorer = CandidateScorer(vlm, probe, "logit", forward or find_entrance(model), distributed)
             write = partial(written_answers, scorer, max_new_tokens=max_new_tokens, progress=progress)
             answers[count] = fit_into_memory(write, batch_size, lambda size: size // 2 or None)
             scores[count] = _by_task(probe.items, answers[count])
-    return FewShotResult(scores, answers, items.fingerprint, time.perf_counter() - start)
+            abilities[count] = _by_ability(probe.items, scores[count])
+    return FewShotResult(scores, abilities, answers, items.fingerprint, time.perf_counter() - start)
 
 
 def written_answers(
@@ -191,8 +194,18 @@ def _by_task(items: Sequence[ChoiceItem], answers: Sequence[str]) -> dict[str, A
         pairs = [(answer, item.answer) for item, answer in zip(items, answers, strict=True) if item.task == task]
         exact = sum(_words(answer) == _words(right) for answer, right in pairs)
         found[task] = AnswerScore(exact / len(pairs), sum(token_f1(*pair) for pair in pairs) / len(pairs))
-    whole = [sum(values) / len(found) for values in zip(*found.values(), strict=True)]
-    return {"": AnswerScore(*whole), **found}
+    return {"": _mean(found.values()), **found}
+
+
+def _by_ability(items: Sequence[ChoiceItem], by_task: Mapping[str, AnswerScore]) -> dict[str, AnswerScore]:
+    tasks: dict[str, dict[str, AnswerScore]] = defaultdict(dict)
+    for item in items:
+        tasks[item.ability][item.task] = by_task[item.task]
+    return {ability: _mean(scores.values()) for ability, scores in tasks.items()}
+
+
+def _mean(scores: Collection[AnswerScore]) -> AnswerScore:
+    return AnswerScore(*(sum(values) / len(scores) for values in zip(*scores, strict=True)))
 
 
 def token_f1(answer: str, right: str) -> float:

@@ -1,0 +1,191 @@
+"""Does a reading of pre-training rank runs as their fine-tuned score does? The same fine-tuning for every run.
+
+    python -m recipes.study recipes/configs/study/study.yaml runs/study [--workers 2] [--only NAME ...]
+
+pre-trains each configuration with each seed by the recipe, fine-tunes it, and adds its readings at every point and its
+score to ``FOLDER/study.csv``. What is done is not done again, and an interrupted run goes on where it was: start the
+same command again. Then: ``mir-lightning report --validate FOLDER/study.csv``.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's file.
+
+    Args:
+        pretrain: config of the recipe for the first stage, relative to the study's file.
+        finetune: config for the second one, which starts from the first one's ``model/``.
+        seeds: by seed, what it changes in the first stage.
+        factors: by factor, configurations by name: what each changes in the first stage. ``base`` is the name of
+            the one that belongs to every factor.
+        score: name of what the second stage logs that counts. What else begins like it goes into the table, too.
+    """
+
+    folder: Path
+    pretrain: Path
+    finetune: Path
+    seeds: Mapping[int, Options]
+    factors: Mapping[str, Mapping[str, Options]]
+    score: str
+
+    @classmethod
+    def read(cls, file: Path) -> "Study":
+        """Of a YAML file.
+
+        Raises:
+            ValueError: naming what is missing, not known, or named twice.
+        """
+        found = yaml.safe_load(file.read_text())
+        wanted = {"pretrain": str, "finetune": str, "seeds": dict, "factors": dict, "score": str}
+        if not isinstance(found, dict) or found.keys() != wanted.keys():
+            given = sorted(found) if isinstance(found, dict) else type(found).__name__
+            raise ValueError(f"{file} must hold {', '.join(wanted)}, it holds {given}.")
+        for key, kind in wanted.items():
+            if not isinstance(found[key], kind) or not found[key]:
+                raise ValueError(f"{file}: {key} must be a {kind.__name__} that is not empty, got {found[key]!r}.")
+        names = [name for configurations in found["factors"].values() for name in configurations]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{file}: factors name {', '.join(twice)} twice.")
+        for key in ("pretrain", "finetune"):
+            if not (place := file.parent / found[key]).is_file():
+                raise ValueError(f"{file}: {key} must be a config of the recipe, there is no {place}.")
+            found[key] = place
+        return cls(file.parent, **found)
+
+    def runs(self, only: Sequence[str] = ()) -> "Iterator[StudyRun]":
+        """All of them, a seed of every configuration before the next seed."""
+        for seed, of_seed in self.seeds.items():
+            for factor, configurations in self.factors.items():
+                for name, changes in configurations.items():
+                    if not only or name in only:
+                        yield StudyRun(self, factor, name, seed, (changes, of_seed))
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """A configuration with a seed: what it is, and what it changes in the first stage."""
+
+    study: Study
+    factor: str
+    configuration: str
+    seed: int
+    changes: tuple[Options, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.configuration}-{self.seed}"
+
+
+def train_and_read(run: StudyRun, root: Path, threads: int) -> float:
+    """Both stages; what they logged goes into ``rows.json`` of the run's folder, and their models are removed.
+
+    Returns the seconds it took.
+    """
+    import torch
+
+    from mir_lightning.report import read_run
+
+    torch.set_num_threads(threads)
+    start, folder = time.perf_counter(), root / run.name
+    model = folder / "pretrain" / "model"
+    if not model.is_dir():
+        _fit(run.study.pretrain, folder / "pretrain", run.changes)
+    _fit(run.study.finetune, folder / "finetune", [{"model": {"vlm": str(model)}}])
+    before, after = (read_run(folder / stage).curves for stage in ("pretrain", "finetune"))
+    seconds = time.perf_counter() - start
+    score = run.study.score
+    scores = {name: curve[-1][1] for name, curve in after.items() if name.startswith(score.partition("/")[0])}
+    rows = _rows(before, {"score": scores.pop(score), **scores})
+    who = {"run": run.name, "configuration": run.configuration, "factor": run.factor, "seed": run.seed}
+    (folder / "rows.json").write_text(json.dumps([{**who, **row} for row in rows]))
+    for stage in ("pretrain", "finetune"):
+        for part in ("model", "checkpoints"):
+            shutil.rmtree(folder / stage / part, ignore_errors=True)
+    return seconds
+
+
+def _fit(config: Path, folder: Path, changes: Iterable[Options]) -> None:
+    from recipes.llava_pretrain import main as recipe
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [config]
+    for number, change in enumerate([*changes, {"trainer": {"default_root_dir": str(folder)}}]):
+        files.append(folder / f"changes-{number}.yaml")
+        files[-1].write_text(yaml.safe_dump(dict(change)))
+    recipe(["fit", *(part for file in files for part in ("--config", str(file)))])
+
+
+def _rows(curves: Mapping[str, Sequence[tuple[int, float]]], scores: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A row for each step at which something was asked of the model, the scores in the last."""
+    steps: dict[int, dict[str, Any]] = {}
+    for name, curve in curves.items():
+        if not name.startswith(("train/", "lr", "epoch")):
+            for step, value in curve:
+                steps.setdefault(step, {})[name] = value
+    ordered = [{"step": step, **steps[step]} for step in sorted(steps) if len(steps[step]) > 1]
+    ordered[-1] |= scores
+    return ordered
+
+
+def write_table(root: Path) -> int:
+    """``study.csv`` of the runs that are done; how many there are."""
+    done = [json.loads(file.read_text()) for file in sorted(root.glob("*/rows.json"))]
+    columns = list(dict.fromkeys(name for rows in done for row in rows for name in row))
+    beside = root / ".study.csv.part"
+    with beside.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns)
+        writer.writeheader()
+        for row in (row for rows in done for row in rows):
+            writer.writerow(
+                {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+            )
+    beside.replace(root / "study.csv")
+    return len(done)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml")
+    parser.add_argument("root", type=Path, metavar="FOLDER")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="configurations")
+    options = parser.parse_args()
+    runs = list(Study.read(options.study).runs(options.only))
+    if not runs:
+        parser.error(f"--only: no configuration is named {' or '.join(options.only)}")
+    missing = [run for run in runs if not (options.root / run.name / "rows.json").exists()]
+    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} done", flush=True)
+    start = time.perf_counter()
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        started = {pool.submit(train_and_read, run, options.root, threads): run for run in missing}
+        for number, future in enumerate(as_completed(started), start=1):
+            seconds, run = future.result(), started[future]
+            write_table(options.root)
+            left = (time.perf_counter() - start) / number * (len(missing) - number)
+            print(f"{run.name}: {seconds:.0f} s; {number} of {len(missing)}, {left / 60:.0f} min left", flush=True)
+    print(f"{options.root / 'study.csv'}: {write_table(options.root)} runs")
+
+
+if __name__ == "__main__":
+    main()
