@@ -2,14 +2,13 @@
 
     python -m recipes.study recipes/configs/study/study.yaml runs/study [--workers 2] [--only NAME ...]
 
-pre-trains each configuration with each seed by the recipe, fine-tunes it, and adds its readings at every point and its
-score to ``FOLDER/study.csv``. What is done is not done again, and an interrupted run goes on where it was: start the
-same command again. Then: ``mir-lightning report --validate FOLDER/study.csv``.
+pre-trains each configuration with each seed by the recipe, fine-tunes it, and adds its readings at every point and
+its score to ``FOLDER/study.csv``. Runs that are in there are not done again, and an interrupted one goes on where
+it was: start the same command again. Then: ``mir-lightning report --validate FOLDER/study.csv``.
 """
 
 import argparse
 import csv
-import json
 import os
 import shutil
 import time
@@ -94,32 +93,30 @@ class StudyRun:
         return f"{self.configuration}-{self.seed}"
 
 
-def train_and_read(run: StudyRun, root: Path, threads: int) -> float:
-    """Both stages; what they logged goes into ``rows.json`` of the run's folder, and their models are removed.
+Row = dict[str, Any]
 
-    Returns the seconds it took.
-    """
+
+def train_and_read(run: StudyRun, root: Path, threads: int) -> list[Row]:
+    """Both stages; rows of what they logged, a row for each point. Their models are removed."""
     import torch
 
     from mir_lightning.report import read_run
 
     torch.set_num_threads(threads)
-    start, folder = time.perf_counter(), root / run.name
+    folder = root / run.name
     model = folder / "pretrain" / "model"
     if not model.is_dir():
         _fit(run.study.pretrain, folder / "pretrain", run.changes)
     _fit(run.study.finetune, folder / "finetune", [{"model": {"vlm": str(model)}}])
     before, after = (read_run(folder / stage).curves for stage in ("pretrain", "finetune"))
-    seconds = time.perf_counter() - start
     score = run.study.score
     scores = {name: curve[-1][1] for name, curve in after.items() if name.startswith(score.partition("/")[0])}
     rows = _rows(before, {"score": scores.pop(score), **scores})
     who = {"run": run.name, "configuration": run.configuration, "factor": run.factor, "seed": run.seed}
-    (folder / "rows.json").write_text(json.dumps([{**who, **row} for row in rows]))
     for stage in ("pretrain", "finetune"):
         for part in ("model", "checkpoints"):
             shutil.rmtree(folder / stage / part, ignore_errors=True)
-    return seconds
+    return [{**who, **row} for row in rows]
 
 
 def _fit(config: Path, folder: Path, changes: Iterable[Options]) -> None:
@@ -133,7 +130,7 @@ def _fit(config: Path, folder: Path, changes: Iterable[Options]) -> None:
     recipe(["fit", *(part for file in files for part in ("--config", str(file)))])
 
 
-def _rows(curves: Mapping[str, Sequence[tuple[int, float]]], scores: Mapping[str, float]) -> list[dict[str, Any]]:
+def _rows(curves: Mapping[str, Sequence[tuple[int, float]]], scores: Mapping[str, float]) -> list[Row]:
     """A row for each step at which something was asked of the model, the scores in the last."""
     steps: dict[int, dict[str, Any]] = {}
     for name, curve in curves.items():
@@ -145,20 +142,26 @@ def _rows(curves: Mapping[str, Sequence[tuple[int, float]]], scores: Mapping[str
     return ordered
 
 
-def write_table(root: Path) -> int:
-    """``study.csv`` of the runs that are done; how many there are."""
-    done = [json.loads(file.read_text()) for file in sorted(root.glob("*/rows.json"))]
-    columns = list(dict.fromkeys(name for rows in done for row in rows for name in row))
-    beside = root / ".study.csv.part"
+def read_table(file: Path) -> list[Row]:
+    """Rows of the runs that are done."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def write_table(file: Path, rows: Sequence[Row]) -> None:
+    """All at once, six digits a number."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    beside = file.with_name(f".{file.name}.part")
     with beside.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, columns)
         writer.writeheader()
-        for row in (row for rows in done for row in rows):
+        for row in rows:
             writer.writerow(
-                {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+                {name: f"{cell:.6g}" if isinstance(cell, float) else cell for name, cell in row.items()}
             )
-    beside.replace(root / "study.csv")
-    return len(done)
+    beside.replace(file)
 
 
 def main() -> None:
@@ -172,7 +175,11 @@ def main() -> None:
     runs = list(Study.read(options.study).runs(options.only))
     if not runs:
         parser.error(f"--only: no configuration is named {' or '.join(options.only)}")
-    missing = [run for run in runs if not (options.root / run.name / "rows.json").exists()]
+    options.root.mkdir(parents=True, exist_ok=True)
+    table = options.root / "study.csv"
+    rows = read_table(table)
+    done = {row["run"] for row in rows}
+    missing = [run for run in runs if run.name not in done]
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     print(f"{len(runs)} runs, {len(runs) - len(missing)} done", flush=True)
@@ -180,11 +187,15 @@ def main() -> None:
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         started = {pool.submit(train_and_read, run, options.root, threads): run for run in missing}
         for number, future in enumerate(as_completed(started), start=1):
-            seconds, run = future.result(), started[future]
-            write_table(options.root)
-            left = (time.perf_counter() - start) / number * (len(missing) - number)
-            print(f"{run.name}: {seconds:.0f} s; {number} of {len(missing)}, {left / 60:.0f} min left", flush=True)
-    print(f"{options.root / 'study.csv'}: {write_table(options.root)} runs")
+            rows += future.result()
+            write_table(table, rows)
+            passed = (time.perf_counter() - start) / 60
+            left = passed / number * (len(missing) - number)
+            print(
+                f"{started[future].name} done, {number} of {len(missing)}: {passed:.0f} min, {left:.0f} left",
+                flush=True,
+            )
+    print(f"mir-lightning report --validate {table}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class MIRCallback(ProbingCallback):
     ``ModelCheckpoint(monitor="mir")`` works): ``mir`` and ``mir_robust`` (by an outlier rule that many massive
     tokens cannot mask). To the loggers only: ``mir_layers/layer_01`` and on, ``mir_norm/layer_01`` and on with
     ``mir_norm/mean`` (norm of vision over text tokens), ``mir_equal_norm`` (MIR but for that ratio),
-    ``mir_gap/mean`` and ``mir_gap/covariance`` (what means and covariances add to the distance, summed over layers),
+    ``mir_gap/mean`` and ``mir_gap/covariance`` (parts of the distance, summed over layers),
     ``mir_rank/vision`` and ``mir_rank/text`` (mean effective rank, the participation ratio),
     ``mir_outliers/vision`` and ``mir_outliers/text`` (share of the tokens), ``mir_massive/vision`` and
     ``mir_massive/text`` (share outside the robust rule), and with labels in the probe ``mir_probe/loss`` and

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.projector_starts runs/study_starts
 
 writes ``random.safetensors`` (PyTorch's default), ``small.safetensors`` (its last layer a hundredth of that) and
-``matched.safetensors``: the last layer in closed form, so that mean and covariance of what it gives for 64 training
-pictures are those of the caption tokens' embeddings. Of all maps that do so it is the one of optimal transport.
+``matched.safetensors``: the last layer in closed form, so that mean and covariance of what it gives for 64
+training pictures are those of the caption tokens' embeddings. Of such maps it is the one of optimal transport.
 """
 
 import argparse
