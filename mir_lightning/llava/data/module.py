@@ -14,7 +14,7 @@ from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.llava.data.batches import ConversationCollator, EpochBatches
 from mir_lightning.llava.data.documents import Documents
 from mir_lightning.llava.data.mixture import Mixed, Mixture
-from mir_lightning.llava.data.prompts import ChatPrompt, PlainPrompt
+from mir_lightning.llava.data.prompts import ChatPrompt, PlainPrompt, missing_start
 from mir_lightning.llava.data.records import Records
 from mir_lightning.llava.data.shards import Shards
 from mir_lightning.llava.data.source import Source
@@ -123,9 +123,9 @@ class PretrainingData(pl.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("PretrainingData takes its processor from the module: attach it to a Trainer.")
         processor: Any = self.trainer.lightning_module.processor
-        template = getattr(processor, "chat_template", None)
-        chat = self.prompt == "chat"
-        prompt = ChatPrompt(processor.tokenizer, self.system, template) if chat else PlainPrompt()
+        tokenizer, prompt = processor.tokenizer, PlainPrompt(missing_start(processor.tokenizer))
+        if self.prompt == "chat":
+            prompt = ChatPrompt(tokenizer, self.system, getattr(processor, "chat_template", None))
         return ConversationCollator(processor, prompt, self.max_length, self.pack)
 
     def accumulate(self, trainer: pl.Trainer) -> None:

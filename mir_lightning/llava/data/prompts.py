@@ -24,21 +24,31 @@ class PlainPrompt:
 
     The human's turns are left out (LLaVA-1.5, ``plain``). A text of a single turn is learned whole; its pictures
     stay where they are in it.
+
+    ``start`` comes first: :func:`missing_start` of a tokenizer. A first token that is no picture keeps the attention
+    sink out of the vision tokens.
     """
 
-    writes_its_start = False  # with the token that begins a sequence, where a model wants one
+    writes_its_start = False  # with the token that begins a sequence, where a tokenizer adds one
+
+    def __init__(self, start: str = "") -> None:
+        self.start = start
 
     def __call__(self, turns: Sequence[str], images: int) -> list[Span]:
         """Spans of a conversation with so many pictures."""
         if len(turns) == 1:
-            return _apart(f"{IMAGE * (images - turns[0].count(IMAGE))}{turns[0].strip()}\n", learned=True)
+            text = f"{IMAGE * (images - turns[0].count(IMAGE))}{turns[0].strip()}\n"
+            return [*self._first(0), *_apart(text, learned=True)]
         said = turns[1::2]
         text = "\n".join(turn.replace(IMAGE, "").strip() for turn in said)
-        return [*([Span(IMAGE * images, False)] if images else []), Span(f"{text}\n", True)]
+        return [*self._first(images), Span(f"{text}\n", True)]
+
+    def _first(self, images: int) -> list[Span]:
+        return [Span(self.start + IMAGE * images, False)] if self.start or images else []
 
     def question(self, text: str) -> str:
         """A user's turn, up to where the model's answer begins, for a tokenizer that marks the start by itself."""
-        return text
+        return self.start + text
 
 
 class ChatPrompt(PlainPrompt):
@@ -55,6 +65,7 @@ class ChatPrompt(PlainPrompt):
     writes_its_start = True
 
     def __init__(self, tokenizer: Any, system: str | None = None, template: str | None = None) -> None:
+        super().__init__()
         self.tokenizer = tokenizer
         self.system = system
         self.template = template or tokenizer.chat_template
@@ -126,6 +137,11 @@ def _apart(text: str, learned: bool) -> list[Span]:
     """Pictures in what a model says are not learned."""
     pieces = [piece for piece in re.split(f"({IMAGE})", text) if piece]
     return [Span(piece, learned and piece != IMAGE) for piece in pieces]
+
+
+def missing_start(tokenizer: Any) -> str:
+    """The token that begins a sequence, where a tokenizer has one and does not add it by itself."""
+    return "" if tokenizer.bos_token is None or starts_with_bos(tokenizer) else tokenizer.bos_token
 
 
 def starts_with_bos(tokenizer: Any) -> bool:
