@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mir_lightning.callbacks.figures import curve_colour, draw_band
-from mir_lightning.files import LARGEST, check_json, read_json, regular_file
+from mir_lightning.files import check_json, finite_number, read_csv, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,11 +111,7 @@ def _curves(file: Path) -> dict[str, dict[int, float]]:
         check_json(f"{file} is no trainer_state.json", state, {"log_history": [{}]})
         rows = state["log_history"]
     else:
-        try:
-            with regular_file(file).open(newline="", encoding="utf-8-sig") as opened:
-                rows = list(csv.DictReader(opened))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no CSV file: {error}.") from error
+        rows = read_csv(file)
     return _of_rows(rows, str(file))
 
 
@@ -127,21 +122,13 @@ def _of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str, dict[i
         given = [row[key] for key in _STEP_KEYS if row.get(key) not in (None, "")]
         if not given:
             continue
-        step = _number(given[0])
+        step = finite_number(given[0])
         if step is None:
             raise ValueError(f"{source}, row {place}: the step must be a finite number, got {given[0]!r}.")
         for name, value in row.items():
-            if name not in (*_STEP_KEYS, "epoch") and (number := _number(value)) is not None:
+            if name not in (*_STEP_KEYS, "epoch") and (number := finite_number(value)) is not None:
                 curves.setdefault(name, {})[int(step)] = number
     return curves
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if abs(number) <= LARGEST else None  # nor is NaN
 
 
 def literal(text: str) -> str:
