@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,18 @@ import torch
 from jinja2 import Template
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from mir_lightning.callbacks.figures import curve_colour, draw_band
 from mir_lightning.files import check_json, finite_number, read_csv, read_json
+from mir_lightning.validation import Design, Estimate, spearman
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = list[tuple[int, float]]
+TitledTable = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 _STEP_KEYS = ("step", "trainer/global_step", "global_step")
-_RESAMPLES = 2000
 _STYLES = ("-", "--", ":", "-.")
 # Panels by title: the unit, and the names whose curves they show; a trailing "/" takes all directly below.
 _PANELS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -60,15 +59,10 @@ class Run:
 
 
 class Correlation(NamedTuple):
-    """Spearman's rank correlation of a metric's last values with a downstream score.
-
-    ``low`` and ``high`` are the ends of its bootstrap interval (95 %), over the ``runs`` that have both.
-    """
+    """Spearman's rank correlation of a metric's last values with a score, over the ``runs`` that have both."""
 
     metric: str
-    rho: float
-    low: float
-    high: float
+    rho: Estimate
     runs: int
 
 
@@ -202,16 +196,15 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
         axes.legend(handles=handles, frameon=False, fontsize=7)
 
 
-def correlations(runs: Sequence[Run], scores: Mapping[str, float], seed: int = 0) -> list[Correlation]:
+def correlations(runs: Sequence[Run], scores: Mapping[str, float]) -> list[Correlation]:
     """Spearman's rank correlation of each metric's last value with a downstream score, over runs.
 
-    The interval is the 2.5 to 97.5 percentile over resampled runs (bootstrap); resamples in which one side does
-    not vary say nothing and are left out.
+    Its interval is :func:`~mir_lightning.validation.interval`'s, each run a configuration of its own: of three
+    runs it is the whole range.
 
     Args:
         runs: three at least.
         scores: downstream score by the name of the run.
-        seed: of the resampling.
 
     Raises:
         ValueError: for fewer than three runs with a score, or two of one name.
@@ -226,19 +219,11 @@ def correlations(runs: Sequence[Run], scores: Mapping[str, float], seed: int = 0
     for metric in dict.fromkeys(name for title in _PANELS for name in _names_of(scored, title)):
         having = [run for run in scored if metric in run.curves]
         pairs = torch.tensor([(run.last(metric), scores[run.name]) for run in having], dtype=torch.float64)
-        rho = _spearman(pairs).item()
-        if len(having) >= 3 and not math.isnan(rho):
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randint(len(having), (_RESAMPLES, len(having)), generator=generator)
-            low, high = _spearman(pairs[chosen]).nanquantile(pairs.new_tensor([0.025, 0.975])).tolist()
-            rows.append(Correlation(metric, rho, low, high, len(having)))
-    return sorted(rows, key=lambda row: -abs(row.rho))
-
-
-def _spearman(pairs: Tensor) -> Tensor:
-    """Spearman's coefficient of pairs ``[..., n, 2]``; NaN where one side does not vary."""
-    ranks = (pairs.unsqueeze(-2) - pairs.unsqueeze(-3)).sign().sum(dim=-2)  # twice the distance from the mean rank
-    return ranks.prod(dim=-1).sum(dim=-1) / ranks.norm(dim=-2).prod(dim=-1)
+        if len(having) >= 3 and (pairs != pairs[0]).any(dim=0).all():
+            rows.append(
+                Correlation(metric, spearman(pairs.unbind(dim=1), Design.single(len(having))), len(having))
+            )
+    return sorted(rows, key=lambda row: -abs(row.rho.value))
 
 
 def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -256,19 +241,25 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def correlation_table(rows: Sequence[Correlation], score: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the correlations."""
-    columns = ["metric", f"Spearman's rho with {score}", "95 % interval (bootstrap)", "runs"]
-    return columns, [[r.metric, f"{r.rho:.2f}", f"{r.low:.2f} to {r.high:.2f}", str(r.runs)] for r in rows]
+    columns = ["metric", f"Spearman's rho with {score}", "95 % interval", "runs"]
+    cells = [[f"{r.rho.value:.2f}", f"{r.rho.low:.2f} to {r.rho.high:.2f}", str(r.runs)] for r in rows]
+    return columns, [[r.metric, *own] for r, own in zip(rows, cells, strict=True)]
 
 
 def report_page(runs: Sequence[Run], figure: Figure, rows: Sequence[Correlation], score: str) -> str:
-    """An HTML page that needs nothing else: the curves as a drawing, last values and correlations as tables."""
+    """The curves as a drawing, last values and correlations as tables."""
+    names = [name for title in _PANELS for name in _names_of(runs, title)]
+    last = [[name, *(f"{run.last(name):.4g}" if name in run.curves else "" for run in runs)] for name in names]
+    tables: list[TitledTable] = [("Last values", ["", *(run.name for run in runs)], last)]
+    if rows:
+        tables.append((f"Rank correlation with {score}", *correlation_table(rows, score)))
+    return html_page(", ".join(run.name for run in runs), figure, tables)
+
+
+def html_page(title: str, figure: Figure, tables: Sequence[TitledTable], notes: Sequence[str] = ()) -> str:
+    """An HTML page that needs nothing else: a drawing, tables, and a list of what is to be known of them."""
     drawing = io.StringIO()
     figure.savefig(drawing, format="svg")
     svg = drawing.getvalue()
-    names = [name for title in _PANELS for name in _names_of(runs, title)]
-    last = [[name, *(f"{run.last(name):.4g}" if name in run.curves else "" for run in runs)] for name in names]
-    tables = [("Last values", ["", *(run.name for run in runs)], last)]
-    if rows:
-        tables.append((f"Rank correlation with {score}", *correlation_table(rows, score)))
     page = Template(Path(__file__).with_suffix(".html").read_text("utf-8"), autoescape=True, trim_blocks=True)
-    return page.render(runs=runs, drawing=svg[svg.index("<svg") :], tables=tables)
+    return page.render(title=title, drawing=svg[svg.index("<svg") :], tables=tables, notes=notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from mir_lightning.files import finite_number, read_csv
 BASE = "base"  # the factor of the reference configuration, which belongs to every factor
 LEAST_CONFIGURATIONS = 4  # of fewer no order is surprising
 _LABELS = ("run", "configuration", "factor", "seed")
-# Which way is better, fixed before any score is seen: of the names that a reading's begins with, the longest counts.
+# Which way is better, fixed before any score is seen: of the names that one begins with, the longest counts.
 _LOWER_IS_BETTER = {
-    **{"mir": True, "mir_rank": False, "mir_massive": True, "loss": True, "train/loss": True, "val/loss": True},
-    **dict.fromkeys(("image_gain", "sds", "sds_acc", "few_shot"), False),
+    **{"mir": True, "mir_rank": False, "loss": True, "train/loss": True, "val/loss": True},
+    **dict.fromkeys(("image_gain", "sds", "few_shot"), False),
 }
 
 
@@ -53,78 +54,50 @@ def read_study(path: Path, score: str = "score") -> Study:
     run's value is the last one by its step, and of equal steps the later row's.
 
     Raises:
-        ValueError: naming the column, the row and what it holds, if a column is missing, a cell is no number, a
-            run is described in two ways or has no score, or the scores or a reading are the same in all runs.
+        ValueError: naming column and row, and what they hold: columns that are missing, cells that are no numbers,
+            runs without a score or described in two ways, columns that are the same in all runs, and too few
+            configurations.
     """
     rows = read_csv(path)
-    if not rows:
-        raise ValueError(f"{path} holds no run: there is no row below the names of the columns.")
-    if missing := [name for name in (*_LABELS, "step", score) if name not in rows[0]]:
-        raise ValueError(f"{path} lacks the column {', '.join(missing)}; it has {', '.join(map(str, rows[0]))}.")
-    known = (*_LABELS, "step", score)
-    names = [name for name in rows[0] if name not in known and name != "score" and not name.startswith("score/")]
+    columns = [name for name in rows[0] if name] if rows else []
+    if missing := [name for name in (*_LABELS, "step", score) if name not in columns]:
+        raise ValueError(f"{path} lacks the column {', '.join(missing)}, or any row; it has {', '.join(columns)}.")
+    others = [name for name in columns if name not in (*_LABELS, "step", score, "score")]
+    measured = [score, *(name for name in others if not name.startswith("score/"))]
     labels: dict[str, tuple[str, ...]] = {}
     last: dict[tuple[str, str], tuple[float, float]] = {}
     for place, row in enumerate(rows, start=1):
-        given = tuple((row[name] or "").strip() for name in _LABELS)
-        if empty := [name for name, value in zip(_LABELS, given, strict=True) if not value]:
-            raise ValueError(f"{path}, row {place}: {empty[0]} is empty.")
-        if labels.setdefault(given[0], given) != given:
-            first = ", ".join(labels[given[0]][1:])
-            raise ValueError(
-                f"{path}, row {place}: {given[0]} is {', '.join(given[1:])} here, and before {first}."
-            )
-        steps = _cell(path, place, row, "step")
-        if steps is None:
-            raise ValueError(f"{path}, row {place}: step is empty.")
-        for name in (score, *names):
-            value = _cell(path, place, row, name)
-            if value is not None and steps >= last.get((given[0], name), (steps,))[0]:
-                last[given[0], name] = steps, value
-    runs = sorted(labels.values(), key=lambda of: (of[1], _seed(of[3]), of[0]))
-    _check_labels(path, [of[1:3] for of in runs])
-    nothing = (0.0, float("nan"))
-    columns = {
-        name: torch.tensor([last.get((of[0], name), nothing)[1] for of in runs], dtype=torch.float64)
-        for name in (score, *names)
-    }
-    if columns[score].isnan().any():
-        run = runs[int(columns[score].isnan().nonzero()[0])][0]
+        where = f"{path}, row {place}"
+        if row.keys() != set(columns) or None in row.values():
+            raise ValueError(f"{where}: it has another number of cells than the first line.")
+        if empty := [name for name in (*_LABELS, "step") if not row[name]]:
+            raise ValueError(f"{where}: {empty[0]} is empty.")
+        here = run, *_ = tuple(str(row[name]) for name in _LABELS)
+        if (before := labels.setdefault(run, here)) != here:
+            raise ValueError(f"{where}: {run} is {', '.join(here[1:])}, and was {', '.join(before[1:])} before.")
+        for name in ("step", "seed", *measured):
+            value = finite_number(text := row[name])
+            if value is None and text:
+                raise ValueError(
+                    f"{where}: {name} must be a finite number, or empty if not measured, got {text!r}."
+                )
+            if value is not None and (step := float(row["step"] or 0)) >= last.get((run, name), (step,))[0]:
+                last[run, name] = step, value
+    runs = sorted(labels.values(), key=lambda label: (label[1], float(label[3])))
+    table = torch.tensor(
+        [[last.get((run, name), (0, math.nan))[1] for run, *_ in runs] for name in measured], dtype=torch.float64
+    )
+    if table[0].isnan().any():
+        run = runs[int(table[0].isnan().nonzero()[0])][0]
         raise ValueError(f"{path}: {run} has no {score}; give it one, or leave the run out.")
-    for name, column in columns.items():
-        measured = column[~column.isnan()]
-        if len(measured) and (measured == measured[0]).all():
-            value = f"{measured[0].item():g} in all {len(measured)} runs"
-            raise ValueError(f"{path}: {name} is {value}, so it ranks none of them; leave the column out.")
-    return Study([of[1] for of in runs], [of[2] for of in runs], columns.pop(score), columns)
-
-
-def _cell(path: Path, place: int, row: Mapping[str, str | None], column: str) -> float | None:
-    """A number, or None for an empty cell."""
-    text = (row[column] or "").strip()
-    if text and (number := finite_number(text)) is None:
-        raise ValueError(
-            f"{path}, row {place}: {column} must be a finite number, or empty if not measured, got {text!r}."
-        )
-    return number if text else None
-
-
-def _seed(text: str) -> tuple[float, str]:
-    """Seeds that are numbers in their order, before others."""
-    number = finite_number(text)
-    return (float("inf") if number is None else number, text)
-
-
-def _check_labels(path: Path, pairs: Sequence[tuple[str, ...]]) -> None:
-    """Every configuration has one factor, the base has one configuration."""
-    factor: dict[str, str] = {}
-    for configuration, own in pairs:
-        if factor.setdefault(configuration, own) != own:
-            raise ValueError(
-                f"{path}: the configuration {configuration} is of two factors, {factor[configuration]}"
-                f" and {own}; name the reference's factor {BASE}, which belongs to all."
-            )
-    if len(bases := [name for name, own in factor.items() if own == BASE]) > 1:
-        raise ValueError(f"{path}: {BASE} is the factor of one configuration, got {', '.join(bases)}.")
-    if len(factor) < LEAST_CONFIGURATIONS:
-        raise ValueError(f"{path}: rank statistics need {LEAST_CONFIGURATIONS} configurations, got {len(factor)}.")
+    for name, column in zip(measured, table, strict=True):
+        if len(values := column[~column.isnan()].unique()) == 1:
+            raise ValueError(f"{path}: {name} is {values.item():g} in all runs and ranks none; leave it out.")
+    factors: dict[str, str] = {}
+    for run, configuration, factor, _ in runs:
+        if (known := factors.setdefault(configuration, factor)) != factor:
+            raise ValueError(f"{path}: {configuration}, of {run}, is of two factors, {known} and {factor}.")
+    if len(factors) < LEAST_CONFIGURATIONS:
+        raise ValueError(f"{path}: {LEAST_CONFIGURATIONS} configurations are needed, got {', '.join(factors)}.")
+    readings = dict(zip(measured[1:], table[1:], strict=True))
+    return Study([run[1] for run in runs], [run[2] for run in runs], table[0], readings)
