@@ -220,9 +220,8 @@ def correlations(runs: Sequence[Run], scores: Mapping[str, float]) -> list[Corre
         having = [run for run in scored if metric in run.curves]
         pairs = torch.tensor([(run.last(metric), scores[run.name]) for run in having], dtype=torch.float64)
         if len(having) >= 3 and (pairs != pairs[0]).any(dim=0).all():
-            rows.append(
-                Correlation(metric, spearman(pairs.unbind(dim=1), Design.single(len(having))), len(having))
-            )
+            rho = spearman(pairs.unbind(dim=1), Design.single(len(having)))
+            rows.append(Correlation(metric, rho, len(having)))
     return sorted(rows, key=lambda row: -abs(row.rho.value))
 
 
@@ -242,8 +241,8 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def correlation_table(rows: Sequence[Correlation], score: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the correlations."""
     columns = ["metric", f"Spearman's rho with {score}", "95 % interval", "runs"]
-    cells = [[f"{r.rho.value:.2f}", f"{r.rho.low:.2f} to {r.rho.high:.2f}", str(r.runs)] for r in rows]
-    return columns, [[r.metric, *own] for r, own in zip(rows, cells, strict=True)]
+    cells = ((metric, f"{r.value:.2f}", f"{r.low:.2f} to {r.high:.2f}", str(runs)) for metric, r, runs in rows)
+    return columns, [list(row) for row in cells]
 
 
 def report_page(runs: Sequence[Run], figure: Figure, rows: Sequence[Correlation], score: str) -> str:

@@ -102,11 +102,10 @@ def _draw_forest(axes: Any, lines: Sequence[Line], readings: Sequence[str]) -> N
 def _draw_scatter(axes: Any, study: Study, reading: str) -> None:
     for index, factor in enumerate([*study.varied, BASE]):
         rows = [place for place, own in enumerate(study.factors) if own == factor]
-        colour, marker = curve_colour(index), _MARKERS[index % len(_MARKERS)]
-        look = {"color": "black", "marker": "*"} if factor == BASE else {"color": colour, "marker": marker}
-        axes.scatter(
-            study.readings[reading][rows], study.score[rows], 16, linewidths=0, label=literal(factor), **look
-        )
+        look: Any = {"color": curve_colour(index), "marker": _MARKERS[index % len(_MARKERS)]}
+        look |= {"color": "black", "marker": "*"} if factor == BASE else {}
+        points = study.readings[reading][rows], study.score[rows]
+        axes.scatter(*points, s=20, linewidths=0, label=literal(factor), **look)
     axes.set_title(literal(f"{reading} ({_way(reading)} is better)"), fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -55,9 +55,8 @@ class Report(Command):
         found = validate(study, self.given)
         tables = validation_tables(found, score, self.given)
         if self.json:
-            self.json.write_text(
-                json.dumps(validation_record(found, score, self.given), indent=1, allow_nan=False)
-            )
+            record = validation_record(found, score, self.given)
+            self.json.write_text(json.dumps(record, indent=1, allow_nan=False))
         if self.html or self.plot:
             figure = validation_figure(study, found, score)
             self._write(figure, lambda: report.html_page(self.runs[0].stem, figure, tables, found.notes))
