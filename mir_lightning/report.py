@@ -15,7 +15,8 @@ from rich.table import Table
 
 from mir_lightning.callbacks.figures import curve_colour, draw_band
 from mir_lightning.files import check_json, finite_number, read_csv, read_json
-from mir_lightning.validation import Design, Estimate, spearman
+from mir_lightning.study import Study
+from mir_lightning.validation import OVERALL, Design, Estimate, spearman
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -220,7 +221,8 @@ def correlations(runs: Sequence[Run], scores: Mapping[str, float]) -> list[Corre
         having = [run for run in scored if metric in run.curves]
         pairs = torch.tensor([(run.last(metric), scores[run.name]) for run in having], dtype=torch.float64)
         if len(having) >= 3 and (pairs != pairs[0]).any(dim=0).all():
-            rho = spearman(pairs.unbind(dim=1), Design.single(len(having)))
+            each = [run.name for run in having]
+            rho = spearman(pairs.unbind(dim=1), Design.of(Study(each, each, pairs[:, 1], {}), OVERALL))
             rows.append(Correlation(metric, rho, len(having)))
     return sorted(rows, key=lambda row: -abs(row.rho.value))
 

@@ -130,6 +130,7 @@ def test_a_perfect_order_of_few_configurations_is_not_certain():
     assert line.spearman.low < -0.5
     assert line.decision_accuracy.low == 0  # no pair of runs is left to tell its noise
     assert line.p == pytest.approx(2 / 24, abs=0.01)  # of 24 orders this and its reverse
+    assert validate(study).notes == ["signal to noise: unknown, as no configuration has two runs"]
 
 
 @pytest.mark.parametrize("scope", [OVERALL, WITHIN])
@@ -153,7 +154,7 @@ def test_p_is_uniform_where_seeds_share_their_configuration(scope):
 def test_p_is_scipys_where_each_run_is_a_configuration():
     rng = np.random.default_rng(6)
     values = torch.from_numpy(rng.normal(size=(2, 6)))
-    design = Design.single(6)
+    design = Design.of(Study(list("abcdef"), ["f"] * 6, values[1], {}), OVERALL)
     exact = scipy.stats.permutation_test(
         [values[0].numpy()],
         lambda x: scipy.stats.spearmanr(x, values[1]).statistic,
@@ -330,6 +331,15 @@ def test_lines_of_another_length_are_refused(tmp_path, line):
     (tmp_path / "a.csv").write_text(f"run,configuration,factor,seed,step,mir,score\n{line}\n")
     with pytest.raises(ValueError, match="row 1: it has another number of cells than the first line"):
         read_study(tmp_path / "a.csv")
+
+
+def test_a_study_without_readings_is_refused():
+    study = _draw(np.random.default_rng(16))
+    with pytest.raises(ValueError, match="must be a reading of the study, got None; it has none, as no column is"):
+        validate(Study(study.configurations, study.factors, study.score, {}))
+    empty = {"mir": torch.full_like(study.score, math.nan)}
+    with pytest.raises(ValueError, match="no reading with enough runs: mir, within factors: left out, of fewer"):
+        validate(Study(study.configurations, study.factors, study.score, empty))
 
 
 def test_without_scipy_the_extra_is_named(monkeypatch):

@@ -21,17 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Report(Command):
-    """Curves of runs side by side; with --score, how well each metric ranks the runs as that does."""
+    """Curves of runs side by side, or how well each metric ranks them: --score of a few, --validate of a study."""
 
     runs: list[Path] = option("folder, metrics.csv or trainer_state.json", MISSING, metavar="RUN", nargs="+")
     score: str | None = option(
         "downstream score: a .json file of run names and numbers, or a logged metric's name; with --validate "
         "a column (default: score)"
     )
-    validate: bool = option(
-        "RUN is the table of a study, a row for each run and step: how far can each reading in it be trusted?",
-        False,
-    )
+    validate: bool = option("RUN is the table of a study: how far can each reading in it be trusted?", False)
     given: str | None = option("with --validate: what does each reading add to this one?", metavar="READING")
     json: Path | None = option("with --validate: write everything to this file", type=output_file)
     html: Path | None = option("write a page that opens offline", type=output_file)
