@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "os^Dv<>P"
-_SCATTERS = 6
 
 
 def validation_tables(found: Validation, score: str, given: str | None) -> list[TitledTable]:
@@ -28,11 +27,12 @@ def validation_tables(found: Validation, score: str, given: str | None) -> list[
     for reading in _by_strength(found):
         lines = {line.scope: _cells(line) for line in found.lines if line.reading == reading}
         within, overall = (lines.pop(scope, ["-"] * 7) for scope in (WITHIN, OVERALL))
-        noise = f"{found.signal_to_noise[reading]:.1f}"
+        noise = f"{found.signal_to_noise[reading]:.1f}".replace("nan", "-")
         shown = [*within[:2], *overall[:2], within[2], overall[3], *within[4 : 4 + len(extra)], noise, overall[-1]]
         rows.append([reading, _way(reading), *shown])
         by_factor += [[reading, factor, *line[:4], *line[5:]] for factor, line in lines.items()]
-    title = f"Readings against {score}, its signal to noise {found.signal_to_noise['score']:.1f}; [95 % interval]"
+    own = f"{found.signal_to_noise['score']:.1f}".replace("nan", "-")
+    title = f"Readings against {score}, its signal to noise {own}; [95 % interval]"
     factors = ["reading", "factor", "rho", "p", "tau", "decision accuracy", "configurations", "runs"]
     return [(title, [*head, *extra, "signal to noise", "runs"], rows), ("By factor", factors, by_factor)]
 
@@ -70,15 +70,16 @@ def validation_record(found: Validation, score: str, given: str | None) -> dict[
 def validation_figure(study: Study, found: Validation, score: str) -> Figure:
     """Rank correlations with their intervals, and the strongest readings against the score."""
     readings = _by_strength(found)
-    figure = new_figure(13.0, max(5.4, 1.8 + 0.42 * len(readings)))
-    grid = figure.add_gridspec(2, 4, width_ratios=(1.4, 1, 1, 1))
+    columns, lines = min(3, len(readings)), 1 + (len(readings) > 3)
+    figure = new_figure(5.2 + 2.6 * columns, max(2.8 * lines, 1.8 + 0.42 * len(readings)))
+    grid = figure.add_gridspec(lines, 1 + columns, width_ratios=(1.4, *[1] * columns))
     _draw_forest(figure.add_subplot(grid[:, 0]), found.lines, readings)
-    for index, reading in enumerate(readings[:_SCATTERS]):
-        axes = figure.add_subplot(grid[index // 3, 1 + index % 3])
+    for index, reading in enumerate(readings[: 3 * lines]):
+        axes = figure.add_subplot(grid[index // columns, 1 + index % columns])
         _draw_scatter(axes, study, reading)
-        axes.set_ylabel("" if index % 3 else literal(score))
+        axes.set_ylabel("" if index % columns else literal(score))
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=8, frameon=False)
+    figure.legend(handles, labels, loc="outside upper right", ncols=4 if columns < 3 else 8, frameon=False)
     return figure
 
 
