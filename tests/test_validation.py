@@ -165,6 +165,16 @@ def test_p_is_scipys_where_each_run_is_a_configuration():
     assert found == pytest.approx(exact.pvalue, abs=0.02)
 
 
+def test_within_factors_scores_stay_in_their_factor_and_the_base_with_the_base():
+    """Each factor in perfect order: of (4!)^2 deals this and its reverse are as strong; of (3!)^2 this alone."""
+    score = torch.arange(8.0)
+    study = Study(list("abcdefgh"), ["f"] * 4 + ["g"] * 4, score, {"image_gain": score})
+    assert rank_line(study, "image_gain", WITHIN).p == pytest.approx(2 / 24**2, abs=0.0018)
+    score = torch.arange(7.0)
+    study = Study(list("abcdefg"), ["base"] + ["f"] * 3 + ["g"] * 3, score, {"image_gain": score})
+    assert rank_line(study, "image_gain", WITHIN).p == pytest.approx(1 / 6**2, abs=0.006)
+
+
 def test_configurations_of_other_numbers_of_seeds_stay_where_they_are():
     study = _draw(np.random.default_rng(7), factors=1, each=4, seeds=2, rho=0.9)
     kept = [0, 1, 2, 3, 4, 5, 6]  # the last configuration has one seed, so three of them can be dealt
