@@ -1,5 +1,6 @@
 """Files read and written on every floor, with errors that say where in a file something is wrong."""
 
+import csv
 import json
 import stat
 from collections.abc import Iterator
@@ -54,6 +55,24 @@ def _value(text: bytes, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}.") from error
+
+
+def read_csv(path: str | Path) -> list[dict[str, str | None]]:
+    """Rows of a CSV file by the names in its first line; a ``ValueError`` names a file that is none."""
+    try:
+        with regular_file(path).open(newline="", encoding="utf-8-sig") as opened:
+            return list(csv.DictReader(opened))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {error}.") from error
+
+
+def finite_number(value: Any) -> float | None:
+    """The number that a value is or is written as, if it is one within 1e300."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if abs(number) <= LARGEST else None  # nor is NaN
 
 
 def check_json(place: str, value: Any, schema: Any, field: str = "it") -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +12,19 @@ import torch
 from jinja2 import Template
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from mir_lightning.callbacks.figures import curve_colour, draw_band
-from mir_lightning.files import LARGEST, check_json, read_json, regular_file
+from mir_lightning.files import check_json, finite_number, read_csv, read_json
+from mir_lightning.study import Study
+from mir_lightning.validation import OVERALL, Design, Estimate, spearman
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = list[tuple[int, float]]
+TitledTable = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 _STEP_KEYS = ("step", "trainer/global_step", "global_step")
-_RESAMPLES = 2000
 _STYLES = ("-", "--", ":", "-.")
 # Panels by title: the unit, and the names whose curves they show; a trailing "/" takes all directly below.
 _PANELS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -61,15 +60,10 @@ class Run:
 
 
 class Correlation(NamedTuple):
-    """Spearman's rank correlation of a metric's last values with a downstream score.
-
-    ``low`` and ``high`` are the ends of its bootstrap interval (95 %), over the ``runs`` that have both.
-    """
+    """Spearman's rank correlation of a metric's last values with a score, over the ``runs`` that have both."""
 
     metric: str
-    rho: float
-    low: float
-    high: float
+    rho: Estimate
     runs: int
 
 
@@ -112,11 +106,7 @@ def _curves(file: Path) -> dict[str, dict[int, float]]:
         check_json(f"{file} is no trainer_state.json", state, {"log_history": [{}]})
         rows = state["log_history"]
     else:
-        try:
-            with regular_file(file).open(newline="", encoding="utf-8-sig") as opened:
-                rows = list(csv.DictReader(opened))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no CSV file: {error}.") from error
+        rows = read_csv(file)
     return _of_rows(rows, str(file))
 
 
@@ -127,21 +117,13 @@ def _of_rows(rows: Iterable[Mapping[str, Any]], source: str) -> dict[str, dict[i
         given = [row[key] for key in _STEP_KEYS if row.get(key) not in (None, "")]
         if not given:
             continue
-        step = _number(given[0])
+        step = finite_number(given[0])
         if step is None:
             raise ValueError(f"{source}, row {place}: the step must be a finite number, got {given[0]!r}.")
         for name, value in row.items():
-            if name not in (*_STEP_KEYS, "epoch") and (number := _number(value)) is not None:
+            if name not in (*_STEP_KEYS, "epoch") and (number := finite_number(value)) is not None:
                 curves.setdefault(name, {})[int(step)] = number
     return curves
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if abs(number) <= LARGEST else None  # nor is NaN
 
 
 def literal(text: str) -> str:
@@ -215,16 +197,15 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
         axes.legend(handles=handles, frameon=False, fontsize=7)
 
 
-def correlations(runs: Sequence[Run], scores: Mapping[str, float], seed: int = 0) -> list[Correlation]:
+def correlations(runs: Sequence[Run], scores: Mapping[str, float]) -> list[Correlation]:
     """Spearman's rank correlation of each metric's last value with a downstream score, over runs.
 
-    The interval is the 2.5 to 97.5 percentile over resampled runs (bootstrap); resamples in which one side does
-    not vary say nothing and are left out.
+    Its interval is :func:`~mir_lightning.validation.interval`'s, each run a configuration of its own: of three
+    runs it is the whole range.
 
     Args:
         runs: three at least.
         scores: downstream score by the name of the run.
-        seed: of the resampling.
 
     Raises:
         ValueError: for fewer than three runs with a score, or two of one name.
@@ -239,19 +220,11 @@ def correlations(runs: Sequence[Run], scores: Mapping[str, float], seed: int = 0
     for metric in dict.fromkeys(name for title in _PANELS for name in _names_of(scored, title)):
         having = [run for run in scored if metric in run.curves]
         pairs = torch.tensor([(run.last(metric), scores[run.name]) for run in having], dtype=torch.float64)
-        rho = _spearman(pairs).item()
-        if len(having) >= 3 and not math.isnan(rho):
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randint(len(having), (_RESAMPLES, len(having)), generator=generator)
-            low, high = _spearman(pairs[chosen]).nanquantile(pairs.new_tensor([0.025, 0.975])).tolist()
-            rows.append(Correlation(metric, rho, low, high, len(having)))
-    return sorted(rows, key=lambda row: -abs(row.rho))
-
-
-def _spearman(pairs: Tensor) -> Tensor:
-    """Spearman's coefficient of pairs ``[..., n, 2]``; NaN where one side does not vary."""
-    ranks = (pairs.unsqueeze(-2) - pairs.unsqueeze(-3)).sign().sum(dim=-2)  # twice the distance from the mean rank
-    return ranks.prod(dim=-1).sum(dim=-1) / ranks.norm(dim=-2).prod(dim=-1)
+        if len(having) >= 3 and (pairs != pairs[0]).any(dim=0).all():
+            each = [run.name for run in having]
+            rho = spearman(pairs.unbind(dim=1), Design.of(Study(each, each, pairs[:, 1], {}), OVERALL))
+            rows.append(Correlation(metric, rho, len(having)))
+    return sorted(rows, key=lambda row: -abs(row.rho.value))
 
 
 def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -269,19 +242,25 @@ def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def correlation_table(rows: Sequence[Correlation], score: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the correlations."""
-    columns = ["metric", f"Spearman's rho with {score}", "95 % interval (bootstrap)", "runs"]
-    return columns, [[r.metric, f"{r.rho:.2f}", f"{r.low:.2f} to {r.high:.2f}", str(r.runs)] for r in rows]
+    columns = ["metric", f"Spearman's rho with {score}", "95 % interval", "runs"]
+    cells = ((metric, f"{r.value:.2f}", f"{r.low:.2f} to {r.high:.2f}", str(runs)) for metric, r, runs in rows)
+    return columns, [list(row) for row in cells]
 
 
 def report_page(runs: Sequence[Run], figure: Figure, rows: Sequence[Correlation], score: str) -> str:
-    """An HTML page that needs nothing else: the curves as a drawing, last values and correlations as tables."""
+    """The curves as a drawing, last values and correlations as tables."""
+    names = [name for title in _PANELS for name in _names_of(runs, title)]
+    last = [[name, *(f"{run.last(name):.4g}" if name in run.curves else "" for run in runs)] for name in names]
+    tables: list[TitledTable] = [("Last values", ["", *(run.name for run in runs)], last)]
+    if rows:
+        tables.append((f"Rank correlation with {score}", *correlation_table(rows, score)))
+    return html_page(", ".join(run.name for run in runs), figure, tables)
+
+
+def html_page(title: str, figure: Figure, tables: Sequence[TitledTable], notes: Sequence[str] = ()) -> str:
+    """An HTML page that needs nothing else: a drawing, tables, and a list of what is to be known of them."""
     drawing = io.StringIO()
     figure.savefig(drawing, format="svg")
     svg = drawing.getvalue()
-    names = [name for title in _PANELS for name in _names_of(runs, title)]
-    last = [[name, *(f"{run.last(name):.4g}" if name in run.curves else "" for run in runs)] for name in names]
-    tables = [("Last values", ["", *(run.name for run in runs)], last)]
-    if rows:
-        tables.append((f"Rank correlation with {score}", *correlation_table(rows, score)))
     page = Template(Path(__file__).with_suffix(".html").read_text("utf-8"), autoescape=True, trim_blocks=True)
-    return page.render(runs=runs, drawing=svg[svg.index("<svg") :], tables=tables)
+    return page.render(title=title, drawing=svg[svg.index("<svg") :], tables=tables, notes=notes)

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal of few characters cannot show
     try:
-        command(**options, given=frozenset(options)).run()
+        command(**options, typed=frozenset(options)).run()
     except Exception as error:
         if options.get("debug"):
             traceback.print_exc()

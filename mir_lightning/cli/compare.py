@@ -46,7 +46,7 @@ class Compare(EvaluationOptions):
 
     def run(self) -> None:
         """Read or evaluate, write, print."""
-        if all(map(_is_result, self.sources)) and (ignored := flags(self.given & _OF_MODELS)):
+        if all(map(_is_result, self.sources)) and (ignored := flags(self.typed & _OF_MODELS)):
             raise ValueError(f"{ignored} cannot change results: there is no model to evaluate among the sources.")
         files_first = sorted(self.sources, key=_is_result, reverse=True)  # what is wrong in them is told at once
         records = sorted(map(self._record, files_first), key=lambda record: record["mir"])

@@ -125,12 +125,12 @@ def evaluate_source(
     if options.probe is not None:
         probe, notes = Probe.load(options.probe)
         saved = set(inspect.get_annotations(ProbeOptions)) - ({"text"} - notes.keys())
-        if ignored := flags(options.given & saved):
+        if ignored := flags(options.typed & saved):
             raise ValueError(f"--probe {options.probe} is as it was saved, which {ignored} cannot change.")
         if gain and not any("labels" in batch for batch in probe):
             raise ValueError(f"--gain needs labels, which --probe {options.probe} lacks: give pictures and texts.")
         text: Any = notes.get("text", options.text)
-        variant = PRESET_VARIANT if "preset" in notes and "variant" not in options.given else options.variant
+        variant = PRESET_VARIANT if "preset" in notes and "variant" not in options.typed else options.variant
         options = replace(options, text=text, variant=variant)
         origin, prompt = notes.get("source", probe.fingerprint), "as saved"
         found = _evaluate(load_model(source, options), probe, options, gain)

@@ -126,7 +126,7 @@ class Command:
     """All commands."""
 
     debug: bool = option("show the traceback of a failure", False)
-    given: frozenset[str] = frozenset()  # names of the arguments that were not left to their defaults
+    typed: frozenset[str] = frozenset()  # names of the arguments that were not left to their defaults
 
     def __post_init__(self) -> None:
         """A ``ValueError`` names a file to write that is read or written as another one as well."""
@@ -169,7 +169,7 @@ class ProbeOptions(Command):
     def __post_init__(self) -> None:
         """A ``ValueError`` if ``prompt`` is no format of a pair, or the preset is asked for something else."""
         super().__post_init__()
-        if self.preset and (other := flags({"prompt", "text"} & self.given)):
+        if self.preset and (other := flags({"prompt", "text"} & self.typed)):
             raise ValueError(f"--preset {self.preset} says what {other} would: give one of them.")
         if self.preset and self.data is not None:
             raise ValueError(
@@ -226,7 +226,7 @@ class EvaluationOptions(ProbeOptions, ModelOptions):
     def __post_init__(self) -> None:
         """A ``ValueError`` if the variant has no interval."""
         super().__post_init__()
-        if self.preset and "variant" not in self.given:
+        if self.preset and "variant" not in self.typed:
             self.variant = PRESET_VARIANT
         if self.interval and self.variant not in get_args(Rule):
             raise ValueError(f"--variant {self.variant} has no interval, as it replaces tokens: paper, robust do.")

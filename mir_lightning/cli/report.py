@@ -2,43 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mir_lightning import report
-from mir_lightning.cli.options import Command, option, output_file, picture_file
+from mir_lightning.cli.options import Command, flags, option, output_file, picture_file
 from mir_lightning.files import check_json, read_json
+from mir_lightning.study import read_study
+from mir_lightning.validation import validate
+from mir_lightning.validation_page import validation_figure, validation_record, validation_tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(kw_only=True)
 class Report(Command):
-    """Curves of runs side by side; with --score, how well each metric ranks the runs as that does."""
+    """Curves of runs side by side, or how well each metric ranks them: --score of a few, --validate of a study."""
 
     runs: list[Path] = option("folder, metrics.csv or trainer_state.json", MISSING, metavar="RUN", nargs="+")
     score: str | None = option(
-        "downstream score: a .json file of run names and numbers, or a logged metric's name"
+        "downstream score: a .json file of run names and numbers, or a logged metric's name; with --validate "
+        "a column (default: score)"
     )
+    validate: bool = option("RUN is the table of a study: how far can each reading in it be trusted?", False)
+    given: str | None = option("with --validate: what does each reading add to this one?", metavar="READING")
+    json: Path | None = option("with --validate: write everything to this file", type=output_file)
     html: Path | None = option("write a page that opens offline", type=output_file)
-    plot: Path | None = option("draw the curves into this file (.png, .pdf, .svg)", type=picture_file)
+    plot: Path | None = option("draw into this file (.png, .pdf, .svg)", type=picture_file)
+
+    def __post_init__(self) -> None:
+        """A ``ValueError`` if options of a study are given without one, or several tables of one."""
+        super().__post_init__()
+        if not self.validate and (other := flags({"given", "json"} & self.typed)):
+            raise ValueError(f"{other} goes with --validate, which reads the table of a study.")
+        if self.validate and len(self.runs) > 1:
+            raise ValueError(f"--validate reads one table of all runs, got {len(self.runs)} files.")
 
     def run(self) -> None:
         """Read, write, print."""
+        (self._validate if self.validate else self._compare)()
+
+    def _validate(self) -> None:
+        score = self.score or "score"
+        study = read_study(self.runs[0], score)
+        found = validate(study, self.given)
+        tables = validation_tables(found, score, self.given)
+        if self.json:
+            record = validation_record(found, score, self.given)
+            self.json.write_text(json.dumps(record, indent=1, allow_nan=False))
+        if self.html or self.plot:
+            figure = validation_figure(study, found, score)
+            self._write(figure, lambda: report.html_page(self.runs[0].stem, figure, tables, found.notes))
+        for title, columns, rows in tables:
+            print(f"{title}\n{report.text_table(columns, rows)}\n")
+        for note in found.notes:
+            print(f"note: {note}")
+
+    def _compare(self) -> None:
         runs = [report.read_run(path) for path in self.runs]
         rows = report.correlations(runs, _scores(self.score, runs)) if self.score else []
         rows = [row for row in rows if row.metric != self.score]
         figure = report.report_figure(runs)
-        if self.html:
-            page = report.report_page(runs, figure, rows, self.score or "")
-            self.html.write_text(page, encoding="utf-8", errors="backslashreplace")
-        if self.plot:
-            figure.savefig(self.plot)
+        self._write(figure, lambda: report.report_page(runs, figure, rows, self.score or ""))
         for run in runs:
             shown = [name for name in ("mir", "sds", "train/loss") if name in run.curves]
             values = ", ".join(f"{name} {run.last(name):.4g}" for name in shown)
             print(f"{run.name}: {values or f'{len(run.curves)} curves'}")
         if self.score:
             print(report.text_table(*report.correlation_table(rows, self.score)))
+
+    def _write(self, figure: Figure, page: Callable[[], str]) -> None:
+        if self.html:
+            self.html.write_text(page(), encoding="utf-8", errors="backslashreplace")
+        if self.plot:
+            figure.savefig(self.plot)
 
 
 def _scores(score: str, runs: Sequence[report.Run]) -> Mapping[str, float]:

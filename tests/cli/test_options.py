@@ -18,7 +18,7 @@ FLAGS = {
     "eval": "worst gain " + EVALUATION,
     "compare": "allow-different " + EVALUATION,
     "probe": "output " + PROBE,
-    "report": "score html plot debug",
+    "report": "score validate given json html plot debug",
 }
 
 
@@ -58,6 +58,8 @@ def test_outputs_are_refused_before_the_work(run, shared, tmp_path, option, plac
         (["compare", "a.json", "b.json", "--json", "b.json"], "json: b.json is a file of sources as well"),
         (["probe", "m", "--data", "a.json", "-o", "a.json"], "output: a.json is a file of data as well"),
         (["report", "a.csv", "--html", "a.csv"], "html: a.csv is a file of runs as well"),
+        (["report", "a.csv", "--given", "mir", "--json", "a.json"], "--given, --json goes with --validate, which"),
+        (["report", "--validate", "a.csv", "b.csv"], "--validate reads one table of all runs, got 2 files"),
         (
             ["eval", "m", "--prompt", "{image}{image} {text}"],
             "prompt (--prompt) must hold {image} once, and {text}, got",
