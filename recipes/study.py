@@ -10,8 +10,10 @@ it was: start the same command again. Then: ``mir-lightning report --validate FO
 import argparse
 import csv
 import os
+import re
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -34,7 +36,8 @@ class Study:
         seeds: by seed, what it changes in the first stage.
         factors: by factor, configurations by name: what each changes in the first stage. ``base`` is the name of
             the one that belongs to every factor.
-        score: name of what the second stage logs that counts. What else begins like it goes into the table, too.
+        score: name of what the second stage logs that counts, such as ``answers/em_0``; its parts by task and
+            ability go into the table, too.
     """
 
     folder: Path
@@ -94,6 +97,7 @@ class StudyRun:
 
 
 Row = dict[str, Any]
+_NOT_ASKED = re.compile(r"train|lr-|epoch|throughput|device|.*(seconds|/layer_\d+|_sources/.*|alarms/.*)$")
 
 
 def train_and_read(run: StudyRun, root: Path, threads: int) -> list[Row]:
@@ -109,9 +113,7 @@ def train_and_read(run: StudyRun, root: Path, threads: int) -> list[Row]:
         _fit(run.study.pretrain, folder / "pretrain", run.changes)
     _fit(run.study.finetune, folder / "finetune", [{"model": {"vlm": str(model)}}])
     before, after = (read_run(folder / stage).curves for stage in ("pretrain", "finetune"))
-    score = run.study.score
-    scores = {name: curve[-1][1] for name, curve in after.items() if name.startswith(score.partition("/")[0])}
-    rows = _rows(before, {"score": scores.pop(score), **scores})
+    rows = _rows(before, _scores(after, run.study.score))
     who = {"run": run.name, "configuration": run.configuration, "factor": run.factor, "seed": run.seed}
     for stage in ("pretrain", "finetune"):
         for part in ("model", "checkpoints"):
@@ -130,16 +132,25 @@ def _fit(config: Path, folder: Path, changes: Iterable[Options]) -> None:
     recipe(["fit", *(part for file in files for part in ("--config", str(file)))])
 
 
+def _scores(curves: Mapping[str, Sequence[tuple[int, float]]], score: str) -> dict[str, float]:
+    """The last values: ``score``, and ``score/<task or ability>``."""
+    name, _, kind = score.partition("/")
+    found = {"score": curves[score][-1][1]}
+    for group in ("tasks", "abilities"):
+        start = f"{name}_{group}/{kind}/"
+        found |= {f"score/{key[len(start) :]}": curves[key][-1][1] for key in curves if key.startswith(start)}
+    return found
+
+
 def _rows(curves: Mapping[str, Sequence[tuple[int, float]]], scores: Mapping[str, float]) -> list[Row]:
     """A row for each step at which something was asked of the model, the scores in the last."""
-    steps: dict[int, dict[str, Any]] = {}
+    steps: dict[int, dict[str, Any]] = defaultdict(dict)
     for name, curve in curves.items():
-        if not name.startswith(("train/", "lr", "epoch")):
-            for step, value in curve:
-                steps.setdefault(step, {})[name] = value
-    ordered = [{"step": step, **steps[step]} for step in sorted(steps) if len(steps[step]) > 1]
-    ordered[-1] |= scores
-    return ordered
+        for step, value in () if _NOT_ASKED.match(name) else curve:
+            steps[step][name] = value
+    rows = [{"step": step, **steps[step]} for step in sorted(steps)]
+    rows[-1] |= scores
+    return rows
 
 
 def read_table(file: Path) -> list[Row]:

@@ -6,7 +6,6 @@ import yaml
 
 from recipes.study import Study, read_table, write_table
 from tests.recipes.runs import ROOT
-from tests.recipes.runs import start as _  # noqa: F401
 
 STUDY = ROOT / "recipes" / "configs" / "study"
 
@@ -22,7 +21,9 @@ def study_file(folder, **changes):
         "factors": {"base": {"base": {}}, "rate": {"slow": {}, "fast": {}}},
         **changes,
     }
-    (file := folder / "study.yaml").write_text(yaml.safe_dump({k: v for k, v in found.items() if v is not None}))
+    (file := folder / "study.yaml").write_text(
+        yaml.safe_dump({k: v for k, v in found.items() if v is not None}, sort_keys=False)
+    )
     return file
 
 
