@@ -84,7 +84,7 @@ class MIRLoss(pl.Callback):
             states = pl_module.vlm(**inputs, use_cache=False, output_hidden_states=True).hidden_states[1:]
             masks = token_masks(pl_module.vlm.config, batch, "after_vision")
             vision, text = ([state[mask] for state in states] for mask in (masks.vision, masks.text))
-            loss = modality_integration_rate(vision, text)
+            loss: Any = modality_integration_rate(vision, text, differentiable=True)
             pl_module.log("train/loss", loss)
             return loss
 

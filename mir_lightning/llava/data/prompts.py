@@ -25,8 +25,8 @@ class PlainPrompt:
     The human's turns are left out (LLaVA-1.5, ``plain``). A text of a single turn is learned whole; its pictures
     stay where they are in it.
 
-    ``start`` comes first: :func:`missing_start` of a tokenizer. A first token that is no picture keeps the attention
-    sink out of the vision tokens.
+    ``start`` comes first: :func:`missing_start` of a tokenizer. A first token that is no picture keeps the
+    attention sink out of the vision tokens.
     """
 
     writes_its_start = False  # with the token that begins a sequence, where a tokenizer adds one

@@ -167,7 +167,7 @@ def scene_items(per_task: int = 60, seed: int = 0) -> list[ChoiceItem]:
         for number in range(per_task):
             name = f"{task}/{seed}/{number}"
             rng = random.Random(name)
-            wanted = list(_ANSWERS[task])[number % len(_ANSWERS[task])]
+            wanted = _ANSWERS[task][number % len(_ANSWERS[task])]
             scene, (question, answer, wrong) = _scene_with(rng, task, wanted)
             picture: Callable[[], Image.Image] = partial(draw, scene, name)
             items.append(ChoiceItem(name, f"{IMAGE}\n{question}", answer, wrong, task, ability, (picture,)))
@@ -182,11 +182,11 @@ def _scene_with(rng: random.Random, task: str, answer: str) -> tuple[Scene, Ques
             return scene, question
 
 
-_ANSWERS = {
-    "identity": THINGS,
-    "category": CATEGORIES,
+_ANSWERS: dict[str, tuple[str, ...]] = {
+    "identity": tuple(THINGS),
+    "category": tuple(CATEGORIES),
     "count": NUMBERS,
-    "place": PLACES,
+    "place": tuple(PLACES),
     "comparison": ("first", "second"),
 }
 _ABILITIES = {
