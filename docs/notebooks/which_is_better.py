@@ -1,0 +1,4 @@
+# %% [markdown]
+# # Which is better
+# %%
+print(1)
