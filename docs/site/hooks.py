@@ -1,4 +1,4 @@
-"""What the site is made of besides its pages: the notebook, run; the repository's own pages; formulas as MathML."""
+"""What the site holds besides its pages: the notebook, run; pages of the repository; formulas as MathML."""
 
 from __future__ import annotations
 
