@@ -38,6 +38,9 @@ def executed(script: str, name: str) -> dict[str, str | bytes]:
     notebook = jupytext.reads(script, fmt="py:percent")
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     ExecutePreprocessor(timeout=600).preprocess(notebook, {"metadata": {"path": str(ROOT)}})
+    for cell in notebook.cells:  # what libraries say of the machine that built the site
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     page, resources = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": f"{name}_files"})
     made: dict[str, str | bytes] = dict(resources["outputs"])
     made[f"{name}.md"] = page
