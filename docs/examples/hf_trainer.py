@@ -47,17 +47,17 @@ if __name__ == "__main__":
     probe = Probe(DataLoader(samples(64, seed=1), batch_size=16))
     arguments = TrainingArguments(
         "runs/hf_trainer",
-        max_steps=120,
+        max_steps=60,
         learning_rate=3e-3,
         per_device_train_batch_size=16,
-        logging_steps=40,
+        logging_steps=20,
         report_to=[],  # "wandb", "tensorboard", ...: each gets the numbers
         save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
     )
-    mir = MIRTrainerCallback(probe, every_n_steps=40)
-    gain = ProbingTrainerCallback(ImageGainCallback(probe, every_n_steps=40))
+    mir = MIRTrainerCallback(probe, every_n_steps=20)
+    gain = ProbingTrainerCallback(ImageGainCallback(probe, every_n_steps=20))
     trainer = Trainer(tiny_model(), arguments, train_dataset=samples(512, seed=2), callbacks=[mir, gain])
     trainer.train()
     print("step   MIR    image gain")

@@ -52,9 +52,9 @@ class Training(pl.LightningModule):
 if __name__ == "__main__":
     pl.seed_everything(0)
     probe = Probe(DataLoader(samples(64, seed=1), batch_size=16))
-    mir, gain = MIRCallback(probe, every_n_steps=40), ImageGainCallback(probe, every_n_steps=40)
+    mir, gain = MIRCallback(probe, every_n_steps=20), ImageGainCallback(probe, every_n_steps=20)
     trainer = pl.Trainer(
-        max_steps=120,
+        max_steps=60,
         callbacks=[mir, gain],
         logger=False,  # any of Lightning's: numbers go to all, pictures to W&B, TensorBoard and beside the CSV log
         enable_checkpointing=False,

@@ -38,10 +38,10 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model, probe = tiny_model(), Probe(DataLoader(samples(64, seed=1), batch_size=16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    data = iter(DataLoader(samples(2048, seed=2), batch_size=16))
+    data = iter(DataLoader(samples(1024, seed=2), batch_size=16))
     print("step   MIR                image gain")
-    for step in range(121):
-        if step % 40 == 0:
+    for step in range(61):
+        if step % 20 == 0:
             aligned = evaluate_mir(model, probe, check=step == 0, interval=True)
             looks = evaluate_image_gain(model, probe)
             print(
