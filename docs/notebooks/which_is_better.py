@@ -103,6 +103,7 @@ print(f"better aligned:     {better}")
 # vision tokens are.
 
 # %%
+# %matplotlib inline
 import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
