@@ -19,6 +19,7 @@ class Docstrings(griffe.Extension):
         """Called by Griffe with each module, class, function and attribute."""
         if obj.docstring is not None:
             text = re.sub(r":math:`([^`]+)`", r"$\1$", obj.docstring.value)
+            text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # the name that is set as code
             text = FORMULA.sub(lambda found: f"$$\n{found[1]}\n$$", text)
             obj.docstring.value = ROLE.sub(lambda found: _link(obj, found[1]), text)
 
