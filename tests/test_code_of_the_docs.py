@@ -110,6 +110,12 @@ def test_readme(few_steps, batches):
     assert left is None
 
 
+def test_home(few_steps, batches):
+    trainer = run("index.md", 0, pl=pl, probe=Probe(batches)).trainer
+    trainer.fit(Pretraining())
+    assert {"mir", "image_gain"} <= trainer.callback_metrics.keys()
+
+
 def test_callback(tmp_path, batches):
     callback = run("callback.md", 0, batches=batches)
     gain = run("callback.md", 3, batches_with_labels=batches, Probe=Probe)
