@@ -93,7 +93,7 @@ def test_the_citation_has_what_its_format_asks_for():
     assert citation["cff-version"] == "1.2.0"
     assert {"message", "title", "authors"} <= citation.keys()
     for reference in citation["references"]:
-        assert reference["type"] in {"article", "conference-paper"}
+        assert reference["type"] in {"article", "conference-paper", "software"}
         assert reference["title"]
         assert all(author.keys() <= {"name", "family-names", "given-names"} for author in reference["authors"])
     cited = {i["value"].split(":")[1] for r in citation["references"] for i in r.get("identifiers", ())}

@@ -48,10 +48,10 @@ def samples(count, seed):
 # %% [markdown]
 # ## Two checkpoints
 #
-# The same model after 10 and after 80 steps, saved as any Hugging Face model is.
+# The same model after 10 and after 80 steps, saved as any Hugging Face model is (and one in between, for later).
 
 # %%
-model, folders = tiny_model(), {10: "runs/notebook/step_10", 80: "runs/notebook/step_80"}
+model, folders = tiny_model(), {step: f"runs/notebook/step_{step}" for step in (10, 78, 80)}
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for step, batch in enumerate(DataLoader(samples(80 * 16, seed=2), batch_size=16), start=1):
     model(**batch).loss.backward()
@@ -68,9 +68,9 @@ for step, batch in enumerate(DataLoader(samples(80 * 16, seed=2), batch_size=16)
 
 # %%
 probe = Probe(DataLoader(samples(64, seed=1), batch_size=16))
-early, late = (LlavaForConditionalGeneration.from_pretrained(folder) for folder in folders.values())
+early, late = (LlavaForConditionalGeneration.from_pretrained(folders[step]) for step in (10, 80))
 results = {
-    step: evaluate_mir(each, probe, interval=True) for step, each in zip(folders, (early, late), strict=True)
+    step: evaluate_mir(each, probe, interval=True) for step, each in zip((10, 80), (early, late), strict=True)
 }
 for step, result in results.items():
     print(f"after {step:2} steps: MIR {result.mir:.3f} ± {1.96 * result.standard_error:.3f} (95 %)")
@@ -93,6 +93,17 @@ better = "neither: the difference is smaller than its noise"
 if abs(difference) > error:
     better = f"the model after {80 if difference < 0 else 10} steps"
 print(f"better aligned:     {better}")
+
+# %% [markdown]
+# A difference that is *not* real: the same two steps before the end. Its MIR is another number in the fourth
+# digit, and the interval of the difference holds 0.
+
+# %%
+model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folders[78]).state_dict())
+near = evaluate_mir(model, probe, interval=True)
+error = 1.96 * standard_error(b.influence - near.influence).item()
+print(f"paired:             {b.mir - near.mir:+.4f} ± {error:.4f} (95 %)")
+print("real" if abs(b.mir - near.mir) > error else "smaller than its noise")
 
 # %% [markdown]
 # The command line says the same of saved models and results: `mir-lightning compare a.json b.json --interval`.
@@ -135,7 +146,7 @@ for step, result in results.items():
 # gain answers it: the loss with another sample's picture minus the loss with the right one.
 
 # %%
-for step, each in zip(folders, (early, late), strict=True):
+for step, each in zip((10, 80), (early, late), strict=True):
     gain = evaluate_image_gain(each, probe)
     print(f"after {step:2} steps: {gain.gain:+.3f} ± {1.96 * gain.standard_error:.3f} nats a token (95 %)")
 
