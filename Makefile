@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo demo-unfrozen test test-slow lint bench docs clean
+.PHONY: help demo demo-unfrozen test test-slow lint bench docs figures clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,8 +50,11 @@ bench: $(INSTALLED)  ## time and memory, as ratios in one run
 	$(BIN)/python -m tests.benchmarks.default_mode
 	$(BIN)/python -m tests.benchmarks.masking
 
-docs: $(INSTALLED)  ## the documentation site, in site/
-	$(BIN)/mkdocs build --strict
+docs: $(INSTALLED)  ## the documentation site, in site/: open site/index.html, no server needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+figures: $(INSTALLED)  ## the figure that explains the number
+	$(BIN)/python docs/figures/clouds.py
 
 clean:  ## remove everything made here
 	rm -rf $(VENV) runs site

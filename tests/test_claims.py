@@ -13,7 +13,7 @@ NOT_MEASURED = {
     ("callback.md", "Alarms"): "thresholds of the alarms",
     ("moca.md", "When it helps"): "published by the paper",
 }
-COMMAND = re.compile(r"`(?:python (?:-m|recipes/)|make |mir-lightning )[^`]+`|```bash\n")
+COMMAND = re.compile(r"`(?:python (?:-m|recipes/|docs/)|make |mir-lightning )[^`]+`|```bash\n")
 NUMBER = re.compile(r"(?<![\w./-])\d+\.\d+(?![\w./])|(?<![\w./-])\d+(?:\.\d+)? %")
 
 
@@ -27,7 +27,7 @@ def _sections():
 
 
 def _numbers(body):
-    prose = re.sub(r"```bash\n.*?```|`[^`\n]*`|\]\([^)]*\)", "", body, flags=re.DOTALL)
+    prose = re.sub(r"```bash\n.*?```|`[^`\n]*`|\$[^$]*\$|\]\([^)]*\)", "", body, flags=re.DOTALL)
     names = r"95 %|arXiv \d{4}\.\d{5}|section \d+(\.\d+)*|LLaVA-\d\.\d|(PyTorch|torch|Python|InternVL) \d+\.\d+"
     return NUMBER.findall(re.sub(names, "", prose))
 
@@ -55,3 +55,18 @@ def test_the_commands_that_measure_exist():
         assert importlib.util.find_spec(name), name
     run_by_make = set(re.findall(r"-m (tests\.benchmarks\.\w+)", (ROOT / "Makefile").read_text()))
     assert run_by_make <= named, f"no page shows what {run_by_make - named} measure"
+
+
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+\.png)\)")
+PICTURES = [(page, title, name, body) for page, title, body in _sections() for name in PICTURE.findall(body)]
+
+
+def test_every_picture_is_shown():
+    shown = {name.removeprefix("docs/").removeprefix("images/") for _, _, name, _ in PICTURES}
+    assert shown == {file.name for file in (ROOT / "docs/images").iterdir()}
+
+
+@pytest.mark.parametrize(("page", "title", "name", "body"), PICTURES, ids=lambda value: str(value)[-30:])
+def test_a_picture_stands_beside_its_command_and_seeds(page, title, name, body):
+    assert COMMAND.search(body), f"{page.name}, {title!r}: no command makes {name}"
+    assert re.search(r"seed", body), f"{page.name}, {title!r}: {name} has no seeds"

@@ -39,7 +39,7 @@ class MIRCallback(ProbingCallback):
     ``mir_outliers/vision`` and ``mir_outliers/text`` (share of the tokens), ``mir_massive/vision`` and
     ``mir_massive/text`` (share outside the robust rule), and with labels in the probe ``mir_probe/loss`` and
     ``mir_probe/perplexity``; where each batch of the probe names one ``source``, ``mir_sources/<source>``;
-    pictures ``mir_media/layers``, ``mir_media/heatmap`` and ``mir_media/tokens``.
+    pictures ``mir_media/overview``, ``mir_media/layers``, ``mir_media/heatmap`` and ``mir_media/tokens``.
 
     Args:
         probe: a :class:`~mir_lightning.Probe`, a ``DataLoader``, a list of batches, or a zero-argument
