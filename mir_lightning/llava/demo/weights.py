@@ -81,19 +81,15 @@ def build_packaged_llava(
     llm.config.name_or_path = "SmolLM2-135M-Instruct"
     if upcycling is not None:
         llm = upcycle(llm, upcycling)
-    tokenizer = AutoTokenizer.from_pretrained(**files)
-    image_token = tokenizer.get_vocab()[_IMAGE_TOKEN]
+    image_token = AutoTokenizer.from_pretrained(**files).get_vocab()[_IMAGE_TOKEN]
     vision = build_packaged_vision(image_size)
     joint = llava_config(llm.config, vision.config, image_token, -1, "full", connector, visual_tokens, tiles)
     model = connect(llm, vision, joint)
     # Images say nothing until trained to: with a random output layer the start is a lottery at this size, by the
-    # seed vision tokens turn into massive activations or not. Each is a line break, as zeros would make gradients
-    # grow from layer to layer: normalisation divides by their norm.
-    last = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)][-1]
-    nn.init.zeros_(last.weight)
-    (line_break,) = tokenizer("\n")["input_ids"]
-    with torch.no_grad():
-        last.bias.copy_(llm.get_input_embeddings().weight[line_break])
+    # seed vision tokens turn into massive activations or not.
+    linear = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)]
+    for parameter in linear[-1].parameters():
+        nn.init.zeros_(parameter)
     return model
 
 
