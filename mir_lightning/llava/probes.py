@@ -94,8 +94,8 @@ def _questions(data: PretrainingData, per_task: int) -> list[ChoiceItem]:
     """All of a file, or so many of each task on drawn pictures."""
     if data.choice_items is not None:
         return load_items(data.choice_items, seed=data.seed, style=data.choice_style)
-    if isinstance(data.held_out or data.source, EmojiScenes):
-        return scene_items(per_task)
+    if isinstance(world := data.held_out or data.source, EmojiScenes):
+        return scene_items(per_task, things=len(world.things))
     return shapes_choices(per_task, data.seed)
 
 

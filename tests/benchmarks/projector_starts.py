@@ -3,14 +3,15 @@
     python -m tests.benchmarks.projector_starts runs/study_starts
 
 writes ``random.safetensors`` (PyTorch's default), ``small.safetensors`` (its last layer a hundredth of that) and
-``matched.safetensors``: the last layer in closed form, so that mean and covariance of what it gives for 64
-training pictures are those of the caption tokens' embeddings. Of such maps it is the one of optimal transport.
+``matched.safetensors``: the last layer in closed form, so that mean and covariance of what it gives for 256 training
+pictures are those of their captions' token embeddings: principal direction by principal direction, by their order.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,49 +19,54 @@ from mir_lightning.llava.demo.emoji import EmojiScenes
 from mir_lightning.llava.demo.weights import build_packaged_llava, build_packaged_processor
 from mir_lightning.vlm import parameters_of
 
+STUDY = Path(__file__).parents[2] / "recipes" / "configs" / "study" / "pretrain.yaml"
 
-def root(matrix, power=0.5, floor=1e-6):
-    """Of a symmetric matrix; directions without spread stay without."""
+
+def spectrum(matrix):
+    """Eigenvalues and eigenvectors, the largest first."""
     values, vectors = torch.linalg.eigh(matrix)
-    kept = values > floor * values[-1]
-    return (vectors[:, kept] * values[kept] ** power) @ vectors[:, kept].T
+    return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
-def transport(of, to):
-    """Symmetric matrix that turns covariance ``of`` into ``to``."""
-    half, back = root(of), root(of, -0.5)
-    return back @ root(half @ to @ half) @ back
-
-
-def matched(model, processor, image_size, pictures=64):
+def matched(model, processor, last, things, pictures=256):
     """Set the last layer."""
-    samples = EmojiScenes().split(1, pictures, 0)[0]
-    images = [samples[index].images[0] for index in range(pictures)]
-    texts = processor.tokenizer(["\n".join(samples[index].turns[1] for index in range(pictures))])["input_ids"][0]
-    words = model.get_input_embeddings().weight[texts].double()
-    projector = model.model.multi_modal_projector
+    samples = EmojiScenes(things=things).split(1, pictures, 0)[0]
+    images, captions = [], []
+    for index in range(pictures):
+        images.append(samples[index].images[0])
+        captions.append(samples[index].turns[1])
+    ids = processor.tokenizer("\n".join(captions))["input_ids"]
+    words = model.get_input_embeddings().weight[ids].double()
+    seen = []
+    hook = last.register_forward_hook(lambda _, given, __: seen.append(given[0].flatten(0, -2).double()))
     with torch.no_grad():
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        seen = model.model.vision_tower(pixels).last_hidden_state.flatten(0, 1)
-        hidden = projector.act(projector.linear_1(seen)).double()
-        weight = transport(torch.cov(hidden.T), torch.cov(words.T))
-        projector.linear_2.weight.copy_(weight)
-        projector.linear_2.bias.copy_(words.mean(0) - weight @ hidden.mean(0))
-        given = projector(seen).double()
+        for start in range(0, pictures, 16):
+            made = processor.image_processor(images[start : start + 16], return_tensors="pt")
+            model.model.get_image_features(made["pixel_values"])
+        hook.remove()
+        features = torch.cat(seen)
+        (spread, directions), (wanted, to) = (spectrum(torch.cov(part.T)) for part in (features, words))
+        kept = int((spread[: len(wanted)] > 1e-9 * spread[0]).sum())
+        scale = (wanted[:kept] / spread[:kept]).sqrt()
+        weight = (to[:, :kept] * scale) @ directions[:, :kept].T
+        last.weight.copy_(weight)
+        last.bias.copy_(words.mean(0) - weight @ features.mean(0))
+        given = last(features.float()).double()
     mean = (given.mean(0) - words.mean(0)).norm() / words.norm(dim=1).mean()
-    spread = (torch.cov(given.T) - torch.cov(words.T)).norm() / torch.cov(words.T).norm()
-    print(f"matched: mean off by {mean:.1e} of a token's norm, covariance by {spread:.1e}")
+    apart = (torch.cov(given.T) - torch.cov(words.T)).norm() / torch.cov(words.T).norm()
+    print(f"matched: mean off by {mean:.1e} of a token's norm, covariance by {apart:.1e}")
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
-    parser.add_argument("--image_size", type=int, default=160)
     options = parser.parse_args()
     options.root.mkdir(parents=True, exist_ok=True)
-    model = build_packaged_llava(image_size=options.image_size)
-    processor = build_packaged_processor(image_size=options.image_size)
-    last = model.model.multi_modal_projector.linear_2
+    study = yaml.safe_load(STUDY.read_text())
+    made = {key: study["model"].get(key) for key in ("connector", "visual_tokens", "image_size")}
+    made["connector"] = made["connector"] or "mlp"
+    model, processor = build_packaged_llava(**made), build_packaged_processor(**made)
+    last = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)][-1]
 
     def save(name):
         tensors = {key: p.detach().contiguous() for key, p in parameters_of(model, "projector").items()}
@@ -74,7 +80,7 @@ def main():
     for parameter in last.parameters():
         parameter.data /= 100
     save("small")
-    matched(model, processor, options.image_size)
+    matched(model, processor, last, study["data"]["source"]["init_args"]["things"])
     save("matched")
 
 

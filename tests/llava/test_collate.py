@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
 from mir_lightning.llava.data.batches import ConversationCollator
-from mir_lightning.llava.data.prompts import ChatPrompt, PlainPrompt
+from mir_lightning.llava.data.prompts import ChatPrompt, PlainPrompt, missing_start
 from mir_lightning.llava.data.source import Sample
 from mir_lightning.llava.demo.shapes import COLOURS, Scene, ShapesDataset, Thing, draw_sample
 from mir_lightning.llava.demo.weights import build_packaged_processor
@@ -99,6 +101,51 @@ def test_the_plain_prompt_is_picture_caption_and_line_break(processor):
     learned = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
     assert learned == ["A cat.\n", "No picture at all.\n"]
     assert batch["pixel_values"].shape == (1, 3, 224, 224)
+
+
+def test_a_plain_prompt_begins_with_the_token_that_begins_a_sequence(processor, tiny_processor):
+    start = missing_start(processor.tokenizer)
+    assert start == processor.tokenizer.bos_token == "<|im_start|>"
+    prompt, image = PlainPrompt(start), Image.new("RGB", (8, 8))
+    collate = ConversationCollator(processor, prompt)
+    batch = collate([Sample((image,), ("", "A cat.")), Sample((), ("No picture.",)), Sample((), ("Why?", "So."))])
+    texts = [
+        processor.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert texts == [f"{start}{processor.image_token * 49}A cat.\n", f"{start}No picture.\n", f"{start}So.\n"]
+    learned = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert learned == ["A cat.\n", "No picture.\n", "So.\n"]
+    assert prompt.question("<image>") == f"{start}<image>"
+    tiny_processor.tokenizer.bos_token = None
+    assert missing_start(tiny_processor.tokenizer) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "learned"),
+    [
+        (
+            "short",
+            "<|im_start|><image>\nWhat? A cat.<|im_end|>\nWhere? There.<|im_end|>\n",
+            "A cat.<|im_end|>\n There.<|im_end|>\n",
+        ),
+        (
+            "vicuna",
+            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+            "detailed, and polite answers to the user's questions. USER: <image>\nWhat? ASSISTANT: A cat."
+            "<|im_end|> USER: Where? ASSISTANT: There.<|im_end|>",
+            "A cat.<|im_end|> There.<|im_end|>",
+        ),
+    ],
+)
+def test_shipped_templates(processor, name, written, learned):
+    template = (Path(__file__).parents[2] / "recipes" / "configs" / "templates" / f"{name}.jinja").read_text()
+    prompt = ChatPrompt(processor.tokenizer, template=template)
+    spans = prompt(("<image>\nWhat?", "A cat.", "Where?", "There."), 1)
+    assert "".join(span.text for span in spans) == written
+    said = "".join(span.text for span in spans if span.learned)
+    assert said.replace(" ", "") == learned.replace(" ", "")
+    assert written.startswith(prompt.question("<image>\nWhat?"))
 
 
 def test_several_pictures_and_turns_in_one_batch(processor):

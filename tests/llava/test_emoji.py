@@ -104,6 +104,22 @@ def test_who_does_not_look_is_at_chance():
     assert sum(prompt.index(answer) < prompt.index(other) for prompt, answer, other in compared) == 150
 
 
+def test_a_world_of_fewer_things_shows_and_asks_for_those_alone():
+    names = {f"{name}" for name in emoji.first_things(12)}
+    assert Counter(CATEGORY[name] for name in names) == dict.fromkeys(("animal", "food", "vehicle", "clothing"), 3)
+    for item in scene_items(24, things=12):
+        if item.task == "identity":
+            assert {item.answer, *item.distractors} <= names
+    absent = THINGS.keys() - names
+    texts = " ".join(
+        " ".join(sample.turns)
+        for sample in map(EmojiScenes("questions", 12).split(1, 80, 0)[0].__getitem__, range(80))
+    )
+    assert not absent & set(re.findall("[a-z]+", texts))
+    with pytest.raises(ValueError, match="things must be 8, 12, 16, 20 or 24, got 13"):
+        EmojiScenes(things=13)
+
+
 def test_items_show_held_out_scenes():
     item = scene_items(2)[0]
     assert item.images[0]().size == (224, 224)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from mir_lightning import evaluate_mir
+from mir_lightning.llava.data.module import PretrainingData
 from mir_lightning.llava.model.backbones import ModelSource, build_processor
 from mir_lightning.llava.model.saving import load_processor, load_vlm
 from mir_lightning.probing.images import UnreadableImageError
@@ -160,6 +161,65 @@ def test_two_steps_of_the_small_pair_with_all_that_can_be_measured(recipe, tmp_p
     assert 10 < tokens / samples < 200  # tokens of a sample
     (pictures,) = tmp_path.glob("**/captions_media/captions.png")
     assert pictures.stat().st_size > 5000
+
+
+def test_fine_tuning_starts_from_a_pre_trained_model_and_is_scored_by_its_answers(recipe, tmp_path, weights):
+    """LLaVA-665K's layout: several turns, texts alone, pictures in folders; a model without a chat template."""
+    (tmp_path / "images" / "coco").mkdir(parents=True)
+    records = []
+    for number in range(12):
+        turns = [
+            {"from": "human", "value": "<image>\nWhat is it?"},
+            {"from": "gpt", "value": "A picture."},
+            {"from": "human", "value": "How many?"},
+            {"from": "gpt", "value": "One."},
+        ]
+        records.append({"id": str(number), "image": f"coco/{number}.png", "conversations": turns})
+        Image.effect_noise((20, 20), 50).save(tmp_path / "images" / "coco" / f"{number}.png")
+        if number % 3 == 0:
+            del records[-1]["image"]
+            turns[0]["value"] = "What is it?"
+    (tmp_path / "mix.json").write_text(json.dumps(records))
+    _two_steps(recipe, tmp_path / "first", weights, CONFIGS / "models" / "llava15_7b.yaml")
+    model = tmp_path / "first" / "run" / "model"
+    source = {"files": [str(tmp_path / "mix.json")], "image_folder": str(tmp_path / "images")}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}
+    more = {
+        "trainer": {"logger": logger, "log_every_n_steps": 1},
+        "model": {"vlm": str(model), "llm": None, "vision": None},
+        "data": {
+            "source": {"class_path": "Records", "init_args": source},
+            "chat_template": str(CONFIGS / "templates" / "vicuna.jinja"),
+            "data_scale": 8,
+            "answers": 2,
+            "max_length": 512,
+        },
+        "answers": {"max_new_tokens": 2},
+    }
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
+    before = load_vlm(str(model)).state_dict()
+    _two_steps(recipe, tmp_path, weights, CONFIGS / "finetune.yaml", after=[tmp_path / "more.yaml"])
+    after = load_vlm(str(tmp_path / "run" / "model")).state_dict()
+    moved = {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
+    assert moved - {"weight"} == {"language_model", "multi_modal_projector"}  # and that of the output head
+    template = load_processor(str(tmp_path / "run" / "model")).chat_template
+    assert template == (CONFIGS / "templates" / "vicuna.jinja").read_text()
+    curves = read_run(tmp_path).curves
+    scores = [value for _, value in curves["answers/em_0"]]
+    tasks = [name for name in curves if name.startswith("answers_tasks/em_0/")]
+    assert len(tasks) == 7
+    assert scores[-1] == pytest.approx(sum(curves[name][-1][1] for name in tasks) / 7)
+    assert {name for name in curves if name.startswith("answers_abilities/em_0/")} == {
+        "answers_abilities/em_0/perception",
+        "answers_abilities/em_0/reasoning",
+    }
+
+
+@pytest.mark.parametrize("change", [{"prompt": "plain"}, {"chat_template": "nowhere.jinja"}])
+def test_a_chat_template_is_a_file_for_chats(change):
+    options = {"prompt": "chat", "chat_template": CONFIGS / "templates" / "short.jinja", **change}
+    with pytest.raises(ValueError, match="chat_template: a file that goes with"):
+        PretrainingData(**{**options, "chat_template": Path(options["chat_template"])})
 
 
 def test_unreadable_pictures_are_named_replaced_and_at_last_too_many(recipe, tmp_path, weights, recwarn):

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from mir_lightning.files import read_text
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.llava.data.batches import ConversationCollator, EpochBatches
 from mir_lightning.llava.data.documents import Documents
@@ -51,6 +52,8 @@ class PretrainingData(pl.LightningDataModule):
         prompt: ``"plain"`` (LLaVA's pre-training: picture, caption, line break) or ``"chat"`` (the tokenizer's
             template).
         system: system text of ``"chat"``.
+        chat_template: file with a Jinja template for ``"chat"``, instead of the model's own; it is saved with the
+            model.
         max_length: tokens of a sample.
         pack: put the samples of a batch into rows of ``max_length`` tokens, as many as go into each.
         max_unreadable: share of the samples that may be left out, for pictures that cannot be read or texts that
@@ -79,6 +82,7 @@ class PretrainingData(pl.LightningDataModule):
     global_batch_size: int | None = None
     prompt: Literal["plain", "chat"] = "plain"
     system: str | None = None
+    chat_template: Path | None = None
     max_length: int = 2048
     pack: bool = False
     max_unreadable: float = 0.01
@@ -98,6 +102,8 @@ class PretrainingData(pl.LightningDataModule):
         super().__init__()
         sizes = {"batch_size": self.batch_size, "probe_size": self.probe_size, "max_length": self.max_length}
         check_at_least_one(**sizes, data_scale=1 if self.data_scale is None else self.data_scale)
+        if self.chat_template is not None and (self.prompt != "chat" or not self.chat_template.is_file()):
+            raise ValueError(f'chat_template: a file that goes with prompt="chat", got {self.chat_template}.')
         if not 0 <= self.max_unreadable < 1:
             raise ValueError(f"max_unreadable must lie in [0, 1), got {self.max_unreadable}.")
         self._source = Shapes() if self.source is None else self.source
@@ -116,6 +122,12 @@ class PretrainingData(pl.LightningDataModule):
         if self.held_out is not None:
             held_out = self.held_out.split(self.probe_size, None, self.seed)[1]
         return training, held_out
+
+    def setup(self, stage: str) -> None:
+        """Give the model's processor its template."""
+        if self.chat_template is not None:
+            module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+            module.processor.chat_template = read_text(self.chat_template)
 
     @property
     def collate(self) -> ConversationCollator:

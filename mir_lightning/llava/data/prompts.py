@@ -70,7 +70,9 @@ class ChatPrompt(PlainPrompt):
         self.system = system
         self.template = template or tokenizer.chat_template
         if self.template is None:
-            raise ValueError(f'prompt "chat": {type(tokenizer).__name__} has no chat template; use "plain".')
+            raise ValueError(
+                f'prompt "chat": {type(tokenizer).__name__} has no chat template: give one, or use "plain".'
+            )
         mark = turn_marks(1)
         self._takes_parts = False
         if mark[0] not in self._write(mark, False):

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -88,16 +88,20 @@ class Scene:
         text = f"{self.first} {self.place} {self.second}" if self.place else str(seen)
         return "held_out" if hashlib.sha256(text.encode()).digest()[0] % _HELD_OUT_SHARE == 0 else "train"
 
-    def questions(self, rng: random.Random) -> dict[str, Question]:
-        """By task; as many tasks as the scene answers, in any order."""
+    def questions(self, rng: random.Random, things: Sequence[str] = tuple(THINGS)) -> dict[str, Question]:
+        """By task; as many tasks as the scene answers, in any order. Wrong answers are among the ``things``."""
+
+        def others(count: int, *but: str) -> tuple[str, ...]:
+            return tuple(rng.sample([name for name in things if name not in but], count))
+
         found = {}
         if self.place is not None:
-            wrong = (str(self.second), *_other_things(rng, 2, self.first, str(self.second)))
+            wrong = (str(self.second), *others(2, self.first, str(self.second)))
             found["identity"] = Question(f"What is next to the {self.second}?", self.first, wrong)
             asked = f"Where is the {self.first}, seen from the {self.second}?"
             found["place"] = Question.of(asked, self.place, PLACES)
         elif self.second is None:
-            found["identity"] = Question("What is in the picture?", self.first, _other_things(rng, 3, self.first))
+            found["identity"] = Question("What is in the picture?", self.first, others(3, self.first))
             asked = "Animal, food, vehicle or clothing?"
             found["category"] = Question.of(asked, CATEGORY[self.first], CATEGORIES)
             found["count"] = Question.of("How many are there?", NUMBERS[self.count - 1], NUMBERS)
@@ -119,16 +123,19 @@ class EmojiScenes(Source):
     Args:
         kind: ``"captions"``: a picture and its caption; ``"questions"``: questions on a picture and short
             answers, turn by turn.
+        things: of how many kinds, the first of each category.
     """
 
-    def __init__(self, kind: Kind = "captions") -> None:
+    def __init__(self, kind: Kind = "captions", things: int = len(THINGS)) -> None:
         check_choice("kind", kind, Kind)
         self.kind = kind
+        self.things = first_things(things)
         _font(8)  # says at once what is missing
 
     def split(self, held_out: int, scale: int | None, seed: int) -> "tuple[_Drawn, _Drawn]":
         """As many as are wanted: there is no end of them."""
-        return _Drawn("train", scale or 960, seed, self.kind), _Drawn("held_out", held_out, 0, self.kind)
+        training = _Drawn("train", scale or 960, seed, self.kind, self.things)
+        return training, _Drawn("held_out", held_out, 0, self.kind, self.things)
 
 
 @dataclass
@@ -139,6 +146,7 @@ class _Drawn(Dataset):
     length: int
     seed: int
     kind: Kind
+    things: tuple[str, ...]
 
     def __len__(self) -> int:
         return self.length
@@ -147,43 +155,42 @@ class _Drawn(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = random.Random(f"{self.seed}/{self.split}/{self.kind}/{index}")
-        scene = random_scene(rng, self.split)
+        scene = random_scene(rng, self.split, self.things)
         picture = draw(scene, rng)
         if self.kind == "captions":
             return Sample((picture,), (f"Picture: {IMAGE}", scene.caption))
-        turns = [turn for question in scene.questions(rng).values() for turn in question[:2]]
+        turns = [turn for question in scene.questions(rng, self.things).values() for turn in question[:2]]
         return Sample((picture,), (f"{IMAGE}\n{turns[0]}", *turns[1:]))
 
 
-def scene_items(per_task: int = 60, seed: int = 0) -> list[ChoiceItem]:
+def scene_items(per_task: int = 60, seed: int = 0, things: int = len(THINGS)) -> list[ChoiceItem]:
     """Held-out questions with short answers, to write or to choose: identity, category, count, place, comparison.
 
     Every answer of a task is right as often as any other, in a comparison the first as often as the second: who
     does not look is right in 1/24 of identities, 1/4 of categories, counts and places, half of comparisons.
     """
     check_at_least_one(per_task=per_task)
-    items = []
+    items, chosen = [], first_things(things)
     for task, ability in _ABILITIES.items():
         for number in range(per_task):
             name = f"{task}/{seed}/{number}"
             rng = random.Random(name)
-            wanted = _ANSWERS[task][number % len(_ANSWERS[task])]
-            scene, (question, answer, wrong) = _scene_with(rng, task, wanted)
+            answers = chosen if task == "identity" else _ANSWERS[task]
+            scene, (question, answer, wrong) = _scene_with(rng, task, answers[number % len(answers)], chosen)
             picture: Callable[[], Image.Image] = partial(draw, scene, name)
             items.append(ChoiceItem(name, f"{IMAGE}\n{question}", answer, wrong, task, ability, (picture,)))
     return items
 
 
-def _scene_with(rng: random.Random, task: str, answer: str) -> tuple[Scene, Question]:
+def _scene_with(rng: random.Random, task: str, answer: str, things: Sequence[str]) -> tuple[Scene, Question]:
     while True:
-        scene = random_scene(rng, "held_out")
-        question = scene.questions(rng).get(task)
+        scene = random_scene(rng, "held_out", things)
+        question = scene.questions(rng, things).get(task)
         if question is not None and answer in (question.answer, question.order):
             return scene, question
 
 
 _ANSWERS: dict[str, tuple[str, ...]] = {
-    "identity": tuple(THINGS),
     "category": tuple(CATEGORIES),
     "count": NUMBERS,
     "place": tuple(PLACES),
@@ -198,15 +205,22 @@ _ABILITIES = {
 }
 
 
-def random_scene(rng: random.Random, split: Split) -> Scene:
+def first_things(count: int) -> tuple[str, ...]:
+    """So many names, of all categories alike."""
+    if count not in range(8, len(THINGS) + 1, len(CATEGORIES)):
+        raise ValueError(f"things must be 8, 12, 16, 20 or 24, got {count}.")
+    return tuple(name for names in CATEGORIES.values() for name in list(names)[: count // len(CATEGORIES)])
+
+
+def random_scene(rng: random.Random, split: Split, things: Sequence[str] = tuple(THINGS)) -> Scene:
     """Any of a split: a third of them equal things, a third two in places, a third two kinds."""
-    while (scene := _any_scene(rng)).split != split:
+    while (scene := _any_scene(rng, things)).split != split:
         pass
     return scene
 
 
-def _any_scene(rng: random.Random) -> Scene:
-    first, second = rng.sample(list(THINGS), 2)
+def _any_scene(rng: random.Random, things: Sequence[str]) -> Scene:
+    first, second = rng.sample(things, 2)
     kind = rng.randrange(3)
     if kind == 0:
         return Scene(first, rng.randint(1, 4))
@@ -278,7 +292,3 @@ def _one(name: str) -> str:
 
 def _some(name: str, count: int) -> str:
     return f"{NUMBERS[count - 1]} {name if count == 1 else plural(name)}"
-
-
-def _other_things(rng: random.Random, count: int, *but: str) -> tuple[str, ...]:
-    return tuple(rng.sample([name for name in THINGS if name not in but], count))
