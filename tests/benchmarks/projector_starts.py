@@ -3,8 +3,8 @@
     python -m tests.benchmarks.projector_starts runs/study_starts
 
 writes ``random.safetensors`` (PyTorch's default), ``small.safetensors`` (its last layer a hundredth of that) and
-``matched.safetensors``: the last layer in closed form, so that mean and covariance of what it gives for 256 training
-pictures are those of their captions' token embeddings: principal direction by principal direction, by their order.
+``matched.safetensors``: the last layer in closed form, so that mean and covariance of what it gives for 256
+training pictures are those of their captions' token embeddings, principal direction by direction, in order.
 """
 
 import argparse

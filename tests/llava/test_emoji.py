@@ -120,6 +120,13 @@ def test_a_world_of_fewer_things_shows_and_asks_for_those_alone():
         EmojiScenes(things=13)
 
 
+@pytest.mark.parametrize("things", [8, 16])
+def test_every_answer_has_a_held_out_scene(things):
+    assert {item.answer for item in scene_items(24, things=things) if item.task == "identity"} == set(
+        emoji.first_things(things)
+    )
+
+
 def test_items_show_held_out_scenes():
     item = scene_items(2)[0]
     assert item.images[0]().size == (224, 224)
