@@ -53,8 +53,9 @@ bench: $(INSTALLED)  ## time and memory, as ratios in one run
 docs: $(INSTALLED)  ## the documentation site, in site/: open site/index.html, no server needed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-figures: $(INSTALLED)  ## the figure that explains the number
+figures: $(INSTALLED)  ## figures that are drawn, not measured
 	$(BIN)/python docs/figures/clouds.py
+	$(BIN)/python docs/figures/scenes.py
 
 clean:  ## remove everything made here
 	rm -rf $(VENV) runs site

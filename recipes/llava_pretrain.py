@@ -72,7 +72,8 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Loggers in the run's folder; no bar where the Trainer shows none; nothing is asked without items."""
         options = self.config[self.subcommand]
-        for logger in options.trainer.logger if isinstance(options.trainer.logger, list) else ():
+        loggers = options.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers] if hasattr(loggers, "init_args") else ():
             if logger.init_args.get("save_dir") == RUN_FOLDER:
                 logger.init_args.save_dir = options.trainer.default_root_dir or "."
         needed = {

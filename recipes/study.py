@@ -191,21 +191,31 @@ def main() -> None:
     rows = read_table(table)
     done = {row["run"] for row in rows}
     missing = [run for run in runs if run.name not in done]
+    order = {run.name: number for number, run in enumerate(runs)}
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     print(f"{len(runs)} runs, {len(runs) - len(missing)} done", flush=True)
-    start = time.perf_counter()
+    start, failed = time.perf_counter(), list[str]()
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         started = {pool.submit(train_and_read, run, options.root, threads): run for run in missing}
         for number, future in enumerate(as_completed(started), start=1):
-            rows += future.result()
-            write_table(table, rows)
+            try:
+                rows += future.result()
+            except Exception as error:
+                failed.append(started[future].name)
+                print(f"{failed[-1]} failed: {type(error).__name__}: {error}", flush=True)
+                continue
+            write_table(table, sorted(rows, key=lambda row: order.get(row["run"], -1)))
             passed = (time.perf_counter() - start) / 60
             left = passed / number * (len(missing) - number)
             print(
                 f"{started[future].name} done, {number} of {len(missing)}: {passed:.0f} min, {left:.0f} left",
                 flush=True,
             )
+    if failed:
+        raise SystemExit(
+            f"{len(failed)} of {len(missing)} runs failed: {', '.join(failed)}; the same command tries again"
+        )
     print(f"mir-lightning report --validate {table}")
 
 

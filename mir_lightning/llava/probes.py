@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ from mir_lightning.probing.choices.m3_bench import load_items
 from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.pairs import PairProbe, read_pairs
 from mir_lightning.probing.probe import Probe
-
-_TASK = attrgetter("task")
 
 
 @dataclass(frozen=True)
@@ -101,8 +97,9 @@ def _questions(data: PretrainingData, per_task: int) -> list[ChoiceItem]:
 
 def answers(data: PretrainingData) -> FewShotProbe:
     """Questions to answer in writing, asked as the model is trained to answer."""
-    asked = [part for _, part in groupby(sorted(_questions(data, data.answers), key=_TASK), key=_TASK)]
-    items = [item for part in asked for item in islice(part, data.answers)]
+    asked = _questions(data, data.answers)
+    tasks = dict.fromkeys(item.task for item in asked)
+    items = [item for task in tasks for item in [item for item in asked if item.task == task][: data.answers]]
     return FewShotProbe(items, (), data.collate.processor, (0,), template=data.collate.prompt.question("{prompt}"))
 
 
