@@ -213,9 +213,7 @@ def main() -> None:
                 flush=True,
             )
     if failed:
-        raise SystemExit(
-            f"{len(failed)} of {len(missing)} runs failed: {', '.join(failed)}; the same command tries again"
-        )
+        raise SystemExit(f"failed, the same command tries again: {', '.join(failed)}")
     print(f"mir-lightning report --validate {table}")
 
 
