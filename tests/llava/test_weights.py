@@ -10,6 +10,7 @@ from mir_lightning.llava.data.batches import ConversationCollator
 from mir_lightning.llava.data.prompts import PlainPrompt
 from mir_lightning.llava.demo import weights
 from mir_lightning.llava.demo.shapes import ShapesDataset
+from mir_lightning.llava.model.saving import load_vlm
 
 
 def _batch(processor, indices):
@@ -53,6 +54,7 @@ def test_save_and_load_give_bit_equal_logits_in_a_new_process(model, tmp_path):
     assert all(torch.equal(again[k], batch[k]) for k in batch)
     with torch.no_grad():
         assert torch.equal(loaded(**again).logits, expected)
+    assert load_vlm(str(tmp_path), attn_implementation="sdpa").config._attn_implementation == "sdpa"
     code = (
         "import mir_lightning.llava.demo.weights; from transformers import AutoModelForImageTextToText as A; "
         f"print(sum(p.double().sum().item() for p in A.from_pretrained({str(tmp_path)!r}).parameters()))"

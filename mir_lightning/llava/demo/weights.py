@@ -42,6 +42,7 @@ class EfficientNetLiteModel(transformers.PreTrainedModel):
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
     base_model_prefix = "efficientnet"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # convolutions have no attention to choose
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
