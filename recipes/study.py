@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,10 @@ class StudyRun:
         return f"{self.configuration}-{self.seed}"
 
 
+class Stopped(Exception):
+    """A run was told to stop, and the study is to stop with it."""
+
+
 Row = dict[str, Any]
 _NOT_ASKED = re.compile(r"train|lr-|epoch|throughput|device|.*(seconds|/layer_\d+|_sources/.*|alarms/.*)$")
 
@@ -130,6 +134,9 @@ def _fit(config: Path, folder: Path, changes: Iterable[Options]) -> None:
         files.append(folder / f"changes-{number}.yaml")
         files[-1].write_text(yaml.safe_dump(dict(change)))
     recipe(["fit", *(part for file in files for part in ("--config", str(file)))])
+    parent = parent_process()
+    if not (folder / "model").is_dir() or (parent is not None and not parent.is_alive()):
+        raise Stopped(f"{folder} was stopped; the same command goes on")
 
 
 def _scores(curves: Mapping[str, Sequence[tuple[int, float]]], score: str) -> dict[str, float]:
@@ -201,6 +208,9 @@ def main() -> None:
         for number, future in enumerate(as_completed(started), start=1):
             try:
                 rows += future.result()
+            except Stopped as stop:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise SystemExit(str(stop)) from stop
             except Exception as error:
                 failed.append(started[future].name)
                 print(f"{failed[-1]} failed: {type(error).__name__}: {error}", flush=True)
