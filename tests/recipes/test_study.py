@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from mir_lightning.llava.model.saving import load_vlm
+from recipes.llava_pretrain import main as recipe
 from recipes.study import Study, main, read_table, train_and_read, write_table
 from tests.models import save_tiny_llava
 from tests.recipes.runs import ROOT, small_config
@@ -60,6 +61,21 @@ def test_a_table_is_read_as_it_was_written_and_grows_columns(tmp_path):
     rows = [*read_table(file), {"run": "b-0", "mir": 2.0, "score": 0.5}]
     write_table(file, rows)
     assert list(csv.reader(file.open())) == [["run", "mir", "score"], ["a-0", "0.333333", ""], ["b-0", "2", "0.5"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["study", "controls"])
+def test_every_shipped_configuration_parses(tmp_path, capsys, name):
+    study = Study.read(STUDY / f"{name}.yaml")
+    for run in (run for run in study.runs() if run.seed == 0):
+        files = [study.pretrain]
+        for number, change in enumerate(run.changes):
+            files.append(tmp_path / f"{run.configuration}-{number}.yaml")
+            files[-1].write_text(yaml.safe_dump(dict(change)))
+        options = [part for file in files for part in ("--config", str(file))]
+        with pytest.raises(SystemExit, match="0"):
+            recipe(["fit", *options, "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out)["data"]["probe_size"] == 32, run.name
 
 
 def test_the_shipped_study_is_as_large_as_it_says():
