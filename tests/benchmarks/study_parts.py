@@ -1,8 +1,9 @@
-"""Projectors to start from, by the way they are drawn, for the study's ``start`` factor.
+"""What the study starts from: the packaged parts as folders, and projectors for its ``start`` factor.
 
-    python -m tests.benchmarks.projector_starts runs/study_starts
+    python -m tests.benchmarks.study_parts runs/study_parts
 
-writes ``random.safetensors`` (PyTorch's default), ``small.safetensors`` (its last layer a hundredth of that) and
+writes the folders ``llm`` and ``vision``, ``zero.safetensors`` (a projector whose last layer is zeros),
+``small.safetensors`` (PyTorch's default, the last layer a hundredth of it) and
 ``matched.safetensors``: the last layer in closed form, so that mean and covariance of what it gives for 256
 training pictures are those of their captions' token embeddings, principal direction by direction, in order.
 """
@@ -11,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from safetensors.torch import save_file
 from torch import nn
@@ -63,20 +65,27 @@ def main():
     options = parser.parse_args()
     options.root.mkdir(parents=True, exist_ok=True)
     study = yaml.safe_load(STUDY.read_text())
-    made = {key: study["model"].get(key) for key in ("connector", "visual_tokens", "image_size")}
-    made["connector"] = made["connector"] or "mlp"
+    made = {key: study["model"][key] for key in ("connector", "visual_tokens", "image_size")}
     model, processor = build_packaged_llava(**made), build_packaged_processor(**made)
+    llm = transformers.LlamaForCausalLM(model.config.text_config)
+    llm.model.load_state_dict(model.model.language_model.state_dict())
+    for name, parts in (
+        ("llm", (llm, processor.tokenizer)),
+        ("vision", (model.model.vision_tower, processor.image_processor)),
+    ):
+        for part in parts:
+            part.save_pretrained(options.root / name)
     last = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)][-1]
 
     def save(name):
         tensors = {key: p.detach().contiguous() for key, p in parameters_of(model, "projector").items()}
         save_file(tensors, options.root / f"{name}.safetensors")
 
+    save("zero")
     torch.manual_seed(0)
     for layer in model.model.multi_modal_projector.modules():
         if isinstance(layer, nn.Linear):
             layer.reset_parameters()
-    save("random")
     for parameter in last.parameters():
         parameter.data /= 100
     save("small")
