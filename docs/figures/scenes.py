@@ -1,4 +1,4 @@
-"""Draws docs/images/scenes.png: the first eight held-out scenes of OpenMoji's pictures, with their captions, seed 0.
+"""Draws docs/images/scenes.png: the first eight held-out scenes of OpenMoji's pictures, with captions, seed 0.
 
 python docs/figures/scenes.py
 """
