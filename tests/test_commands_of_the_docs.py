@@ -76,7 +76,9 @@ def test_a_run_composes_divides_its_batch_and_says_its_memory(recipe, capsys, mo
     sizes = {key: data[key] for key in ("batch_size", "global_batch_size")}
     PretrainingData(**sizes).accumulate(running)
     if sizes["global_batch_size"] is not None:
-        published = 512 if "mm1" in " ".join(words) else 256
+        published = next(
+            (size for name, size in (("mm1", 512), ("finetune", 128)) if name in " ".join(words)), 256
+        )
         assert sizes["batch_size"] * running.world_size * running.accumulate_grad_batches == published
     if config["model"]["llm"] == "lmsys/vicuna-7b-v1.5":
         stages = [Stage(tuple(Part(**part) for part in stage["train"])) for stage in config["model"]["stages"]]
