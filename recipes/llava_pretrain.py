@@ -73,9 +73,10 @@ class RecipeCLI(LightningCLI):
         """Loggers in the run's folder; no bar where the Trainer shows none; nothing is asked without items."""
         options = self.config[self.subcommand]
         loggers = options.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers] if hasattr(loggers, "init_args") else ():
-            if logger.init_args.get("save_dir") == RUN_FOLDER:
-                logger.init_args.save_dir = options.trainer.default_root_dir or "."
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            given: Any = getattr(logger, "init_args", {})  # true, false and null have none
+            if given.get("save_dir") == RUN_FOLDER:
+                given.save_dir = options.trainer.default_root_dir or "."
         needed = {
             "progress": options.trainer.enable_progress_bar is not False,
             "throughput": options.trainer.logger is not False,

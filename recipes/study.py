@@ -27,7 +27,7 @@ Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyPlan:
     """A study's file.
 
     Args:
@@ -40,7 +40,6 @@ class Study:
             ability go into the table, too.
     """
 
-    folder: Path
     pretrain: Path
     finetune: Path
     seeds: Mapping[int, Options]
@@ -48,7 +47,7 @@ class Study:
     score: str
 
     @classmethod
-    def read(cls, file: Path) -> "Study":
+    def read(cls, file: Path) -> "StudyPlan":
         """Of a YAML file.
 
         Raises:
@@ -69,7 +68,7 @@ class Study:
             if not (place := file.parent / found[key]).is_file():
                 raise ValueError(f"{file}: {key} must be a config of the recipe, there is no {place}.")
             found[key] = place
-        return cls(file.parent, **found)
+        return cls(**found)
 
     def runs(self, only: Sequence[str] = ()) -> "Iterator[StudyRun]":
         """All of them, a seed of every configuration before the next seed."""
@@ -84,7 +83,7 @@ class Study:
 class StudyRun:
     """A configuration with a seed: what it is, and what it changes in the first stage."""
 
-    study: Study
+    study: StudyPlan
     factor: str
     configuration: str
     seed: int
@@ -101,7 +100,9 @@ class Stopped(Exception):
 
 
 Row = dict[str, Any]
-_NOT_ASKED = re.compile(r"train|lr-|epoch|throughput|device|.*(seconds|/layer_\d+|_sources/.*|alarms/.*)$")
+_NOT_ASKED = re.compile(
+    r"train|lr-|epoch|throughput|device|sds_chance|.*(seconds|overhead|/layer_\d+|_sources/.*|alarms/.*)$"
+)
 
 
 def train_and_read(run: StudyRun, root: Path, threads: int) -> list[Row]:
@@ -162,10 +163,9 @@ def _rows(curves: Mapping[str, Sequence[tuple[int, float]]], scores: Mapping[str
 
 def read_table(file: Path) -> list[Row]:
     """Rows of the runs that are done."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as opened:
-        return list(csv.DictReader(opened))
+    from mir_lightning.files import read_csv
+
+    return read_csv(file) if file.exists() else []
 
 
 def write_table(file: Path, rows: Sequence[Row]) -> None:
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="configurations")
     options = parser.parse_args()
-    runs = list(Study.read(options.study).runs(options.only))
+    runs = list(StudyPlan.read(options.study).runs(options.only))
     if not runs:
         parser.error(f"--only: no configuration is named {' or '.join(options.only)}")
     options.root.mkdir(parents=True, exist_ok=True)

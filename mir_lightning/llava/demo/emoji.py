@@ -84,10 +84,10 @@ class Scene:
         """Which split the composition belongs to: what is seen, however it is said."""
         if self.second is None:  # of each thing one number
             return "held_out" if (list(THINGS).index(self.first) + self.count) % len(NUMBERS) == 0 else "train"
-        seen = sorted(((self.first, self.count), (self.second, self.second_count)))
         if self.place in _OPPOSITES:  # a dog to the right of a car is a car to the left of a dog
             return Scene(str(self.second), second=self.first, place=_OPPOSITES[self.place]).split
-        text = f"{self.first} {self.place} {self.second}" if self.place else str(seen)
+        counted = sorted(((self.first, self.count), (self.second, self.second_count)))
+        text = f"{self.first} {self.place} {self.second}" if self.place else str(counted)
         return "held_out" if hashlib.sha256(text.encode()).digest()[0] % _HELD_OUT_SHARE == 0 else "train"
 
     def questions(self, rng: random.Random, things: Sequence[str] = tuple(THINGS)) -> dict[str, Question]:
