@@ -55,7 +55,7 @@ def read_study(path: Path, score: str = "score") -> Study:
 
     Raises:
         ValueError: naming column and row, and what they hold: columns that are missing, cells that are no numbers,
-            runs without a score or described in two ways, columns that are the same in all runs, and too few
+            runs without a score or described in two ways, a score that is the same in all runs, and too few
             configurations.
     """
     rows = read_csv(path)
@@ -90,9 +90,8 @@ def read_study(path: Path, score: str = "score") -> Study:
     if table[0].isnan().any():
         run = runs[int(table[0].isnan().nonzero()[0])][0]
         raise ValueError(f"{path}: {run} has no {score}; give it one, or leave the run out.")
-    for name, column in zip(measured, table, strict=True):
-        if len(values := column[~column.isnan()].unique()) == 1:
-            raise ValueError(f"{path}: {name} is {values.item():g} in all runs and ranks none; leave it out.")
+    if len(values := table[0].unique()) == 1:
+        raise ValueError(f"{path}: {score} is {values.item():g} in all runs and ranks none.")
     factors: dict[str, str] = {}
     for run, configuration, factor, _ in runs:
         if (known := factors.setdefault(configuration, factor)) != factor:

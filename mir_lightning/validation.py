@@ -256,13 +256,19 @@ def rank_line(study: Study, reading: str, scope: str, given: str | None = None) 
     )
 
 
-def validate(study: Study, given: str | None = None) -> Validation:
-    """Every reading in every scope; a ``ValueError`` if none can be ranked, or none is called ``given``."""
-    if not study.readings or (given is not None and given not in study.readings):
-        known = ", ".join(study.readings) or "none, as no column is one"
-        raise ValueError(f"given: must be a reading of the study, got {given!r}; it has {known}.")
+def validate(study: Study, given: str | None = None, readings: Sequence[str] = ()) -> Validation:
+    """Every reading in every scope, or some; a ``ValueError`` if none can be ranked, or none is called ``given``."""
+    asked = [("given", given)] * (given is not None) + [("readings", name) for name in readings or [*study.readings]]
+    for argument, name in asked or [("readings", None)]:
+        if name not in study.readings:
+            known = ", ".join(study.readings) or "none, as no column is one"
+            raise ValueError(f"{argument}: must be a reading of the study, got {name!r}; it has {known}.")
     lines, notes = [], []
-    for reading in study.readings:
+    for reading in readings or study.readings:
+        values = study.readings[reading]
+        if len(found := values[~values.isnan()].unique()) == 1:
+            notes.append(f"{reading}: left out, as it is {found.item():g} wherever it was measured")
+            continue
         if lower_is_better(reading) is None:
             notes.append(f"{reading}: higher is taken as better, as nothing is known of that name")
         for scope in (WITHIN, OVERALL, *study.varied):
@@ -272,7 +278,8 @@ def validate(study: Study, given: str | None = None) -> Validation:
                 notes.append(f"{reading}, {scope}: left out, of fewer than {LEAST_CONFIGURATIONS} configurations")
     if not lines:
         raise ValueError(f"there is no reading with enough runs: {'; '.join(notes)}.")
-    measured = {"score": study.score, **study.readings}
+    ranked = dict.fromkeys(line.reading for line in lines)
+    measured = {"score": study.score, **{name: study.readings[name] for name in ranked}}
     noise = {name: signal_to_noise(values, study.configurations) for name, values in measured.items()}
     if math.isnan(noise["score"]):
         notes.append("signal to noise: unknown, as no configuration has two runs")

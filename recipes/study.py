@@ -101,7 +101,8 @@ class Stopped(Exception):
 
 Row = dict[str, Any]
 _NOT_ASKED = re.compile(
-    r"train|lr-|epoch|throughput|device|sds_chance|.*(seconds|overhead|/layer_\d+|_sources/.*|alarms/.*)$"
+    r"train|lr-|epoch|throughput|device|sds_chance|mir_official_|image_gain_probe/|"
+    r".*(_se|seconds|overhead|/layer_\d+|_sources/.*|alarms/.*)$"
 )
 
 

@@ -325,7 +325,6 @@ def _without(rows, *names):
         (lambda rows: [*rows, {**rows[0], "image_gain": "n/a"}], "row 19: image_gain must be .*, got 'n/a'"),
         (lambda rows: [{**rows[0], "image_gain": "nan"}], "row 1: image_gain must be .*, got 'nan'"),
         (lambda rows: [*rows[:-1], {**rows[-1], "score": ""}], "r17 has no score; give it one, or leave"),
-        (lambda rows: [{**row, "mir": 2.5} for row in rows], "mir is 2.5 in all runs and ranks none"),
         (lambda rows: [{**row, "score": 2.5} for row in rows], "score is 2.5 in all runs and ranks none"),
         (lambda rows: [*rows[:-1], {**rows[-1], "factor": "f1"}], "base, of r17, is of two factors, base and f1"),
         (lambda rows: rows[:6], "4 configurations are needed, got f0-c0, f0-c1, f0-c2"),
@@ -350,6 +349,15 @@ def test_a_study_without_readings_is_refused():
     empty = {"mir": torch.full_like(study.score, math.nan)}
     with pytest.raises(ValueError, match="no reading with enough runs: mir, within factors: left out, of fewer"):
         validate(Study(study.configurations, study.factors, study.score, empty))
+
+
+def test_a_reading_that_is_the_same_everywhere_is_left_out_and_said():
+    study = _draw(np.random.default_rng(17), factors=2, each=4)
+    study.readings["sds"] = torch.full_like(study.score, 0.25)
+    study.readings["sds"][3] = math.nan
+    found = validate(study)
+    assert {line.reading for line in found.lines} == {"image_gain"} == found.signal_to_noise.keys() - {"score"}
+    assert "sds: left out, as it is 0.25 wherever it was measured" in found.notes
 
 
 def test_without_scipy_the_extra_is_named(monkeypatch):
@@ -378,5 +386,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, capsys):
         assert "score/counting" not in text  # a score, no reading
     assert next(line for line in record["lines"] if line["reading"] == "mir")["partial"]["value"] is None
     assert files["png"].stat().st_size > 20_000
+    assert cli.main(["report", "--validate", str(table), "--readings", "mir"]) == 0
+    assert "image_gain" not in capsys.readouterr().out
     assert cli.main(["report", "--validate", str(table), "--score", "score/counting", "--given", "loss"]) == 1
     assert "given: must be a reading of the study, got 'loss'; it has image_gain, mir" in capsys.readouterr().err

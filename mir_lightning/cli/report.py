@@ -30,6 +30,7 @@ class Report(Command):
     )
     validate: bool = option("RUN is the table of a study: how far can each reading in it be trusted?", False)
     given: str | None = option("with --validate: what does each reading add to this one?", metavar="READING")
+    readings: list[str] | None = option("with --validate: these alone", metavar="READING", nargs="+")
     json: Path | None = option("with --validate: write everything to this file", type=output_file)
     html: Path | None = option("write a page that opens offline", type=output_file)
     plot: Path | None = option("draw into this file (.png, .pdf, .svg)", type=picture_file)
@@ -37,7 +38,7 @@ class Report(Command):
     def __post_init__(self) -> None:
         """A ``ValueError`` if options of a study are given without one, or several tables of one."""
         super().__post_init__()
-        if not self.validate and (other := flags({"given", "json"} & self.typed)):
+        if not self.validate and (other := flags({"given", "readings", "json"} & self.typed)):
             raise ValueError(f"{other} goes with --validate, which reads the table of a study.")
         if self.validate and len(self.runs) > 1:
             raise ValueError(f"--validate reads one table of all runs, got {len(self.runs)} files.")
@@ -49,7 +50,7 @@ class Report(Command):
     def _validate(self) -> None:
         score = self.score or "score"
         study = read_study(self.runs[0], score)
-        found = validate(study, self.given)
+        found = validate(study, self.given, self.readings or ())
         tables = validation_tables(found, score, self.given)
         if self.json:
             record = validation_record(found, score, self.given)

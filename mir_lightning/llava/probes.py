@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mir_lightning import MIRCallback
 from mir_lightning.llava.data.module import PretrainingData
 from mir_lightning.llava.data.source import Sample
-from mir_lightning.llava.demo.emoji import EmojiScenes, scene_items
+from mir_lightning.llava.demo.emoji import EmojiScenes, scene_few_shot, scene_items
 from mir_lightning.llava.demo.questions import shapes_choices, shapes_few_shot
 from mir_lightning.probing.choices.few_shot import FewShotProbe
 from mir_lightning.probing.choices.items import IMAGE, ChoiceItem
@@ -105,7 +105,11 @@ def answers(data: PretrainingData) -> FewShotProbe:
 
 def few_shot(data: PretrainingData) -> FewShotProbe:
     """Built-in captions and short answers after 0, 4 and 8 examples, with MM1's prompts."""
-    return FewShotProbe(*shapes_few_shot(data.shapes_few_shot, data.seed), data.collate.processor)
+    if isinstance(world := data.held_out or data.source, EmojiScenes):
+        asked = scene_few_shot(data.shapes_few_shot, things=len(world.things))
+    else:
+        asked = shapes_few_shot(data.shapes_few_shot, data.seed)
+    return FewShotProbe(*asked, data.collate.processor)
 
 
 def captions(data: PretrainingData) -> FewShotProbe:

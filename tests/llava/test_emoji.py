@@ -7,6 +7,7 @@ import pytest
 
 from mir_lightning.llava.demo import emoji
 from mir_lightning.llava.demo.emoji import CATEGORY, NUMBERS, THINGS, EmojiScenes, Scene, draw, scene_items
+from mir_lightning.probing.choices.items import check_items
 
 
 def scenes(split, count=400):
@@ -131,6 +132,18 @@ def test_items_show_held_out_scenes():
     item = scene_items(2)[0]
     assert item.images[0]().size == (224, 224)
     assert item.images[0]().tobytes() == scene_items(2)[0].images[0]().tobytes()
+
+
+def test_few_shot_items_to_answer_are_held_out_and_captions_shown_are_not():
+    items, examples = emoji.scene_few_shot(6, things=12)
+    check_items(items, open_ended=True)
+    check_items(examples, open_ended=True)
+    assert Counter(item.task for item in items) == {"caption": 6, "vqa": 5 * 6}
+    written, shown = ({item.answer for item in part if item.task == "caption"} for part in (items, examples))
+    assert not written & shown
+    assert not {item.id for item in items} & {item.id for item in examples}
+    assert items[0].prompt == "<image> A photo of"
+    assert re.fullmatch(r"<image> Question: What is .+\? Short answer:", items[6].prompt)
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):

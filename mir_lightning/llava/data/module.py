@@ -69,8 +69,8 @@ class PretrainingData(pl.LightningDataModule):
         choice_style: ask them as RADAR's released script for ``"llava"``, ``"qwen"`` or ``"internvl"`` models,
             instead of as the model is trained.
         shapes_choices: items of each built-in task on drawn pictures instead; 0 for none.
-        shapes_few_shot: captions and short answers on drawn shapes, of each task, for the few-shot baseline; 0 for
-            none.
+        shapes_few_shot: captions and short answers on drawn pictures, of each task, for the few-shot baseline; 0
+            for none.
         seed: of every draw.
         num_workers: processes that read and draw; 0 does it in the training process.
     """

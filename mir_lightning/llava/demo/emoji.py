@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from mir_lightning.functional.checks import check_at_least_one, check_choice
 from mir_lightning.llava.data.source import Sample, Source
 from mir_lightning.llava.demo.shapes import NUMBERS, Split, scattered
+from mir_lightning.probing.choices.few_shot import CAPTION_PROMPT, short_answers
 from mir_lightning.probing.choices.items import IMAGE, ChoiceItem
 
 Kind = Literal["captions", "questions"]
@@ -180,8 +181,26 @@ def scene_items(per_task: int = 60, seed: int = 0, things: int = len(THINGS)) ->
             answers = chosen if task == "identity" else _ANSWERS[task]
             scene, (question, answer, wrong) = _scene_with(rng, task, answers[number % len(answers)], chosen)
             picture: Callable[[], Image.Image] = partial(draw, scene, name)
-            items.append(ChoiceItem(name, f"{IMAGE}\n{question}", answer, wrong, task, ability, (picture,)))
+            items.append(ChoiceItem(name, question, answer, wrong, task, ability, (picture,)))
     return items
+
+
+def scene_few_shot(
+    per_task: int = 60, seed: int = 0, things: int = len(THINGS)
+) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
+    """What is to be answered, and examples, as :func:`~mir_lightning.llava.demo.questions.shapes_few_shot` gives."""
+    return (
+        [*_captions("held_out", per_task, seed, things), *short_answers(scene_items(per_task, seed, things))],
+        [*_captions("train", 60, seed, things), *short_answers(scene_items(12, seed + 1, things))],
+    )
+
+
+def _captions(split: Split, count: int, seed: int, things: int) -> Iterator[ChoiceItem]:
+    for index in range(count):
+        name = f"caption/{split}/{seed}/{index}"
+        scene = random_scene(random.Random(name), split, first_things(things))
+        said = scene.caption.lower().rstrip(".")
+        yield ChoiceItem(name, CAPTION_PROMPT, said, (), "caption", "in context", (partial(draw, scene, name),))
 
 
 def _scene_with(rng: random.Random, task: str, answer: str, things: Sequence[str]) -> tuple[Scene, Question]:

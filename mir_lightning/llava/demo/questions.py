@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 from PIL import Image
@@ -10,7 +9,7 @@ from PIL import Image
 from mir_lightning.functional.checks import check_at_least_one
 from mir_lightning.llava.demo import shapes
 from mir_lightning.llava.demo.shapes import COLOURS, NUMBERS, RELATIONS, SHAPES, SIZES, Scene, Thing, random_thing
-from mir_lightning.probing.choices.few_shot import CAPTION_PROMPT, QUESTION_PROMPT
+from mir_lightning.probing.choices.few_shot import CAPTION_PROMPT, short_answers
 from mir_lightning.probing.choices.items import ChoiceItem
 
 Draw = Callable[[str], Image.Image]  # by seed
@@ -55,8 +54,8 @@ def shapes_few_shot(per_task: int = 60, seed: int = 0) -> tuple[list[ChoiceItem]
     ``per_task`` captions are to be written, and as many questions of each kind to be answered.
     """
     check_at_least_one(per_task=per_task)
-    items = [*_captions("held_out", per_task, seed), *_short_answers(per_task, seed)]
-    return items, [*_captions("train", 60, seed), *_short_answers(12, seed + 1)]
+    items = [*_captions("held_out", per_task, seed), *short_answers(shapes_choices(per_task, seed))]
+    return items, [*_captions("train", 60, seed), *short_answers(shapes_choices(12, seed + 1))]
 
 
 def _captions(split: shapes.Split, count: int, seed: int) -> Iterator[ChoiceItem]:
@@ -68,12 +67,6 @@ def _captions(split: shapes.Split, count: int, seed: int) -> Iterator[ChoiceItem
 
 def _picture(split: shapes.Split, index: int, seed: int) -> Image.Image:
     return shapes.draw_sample(split, index, seed)[0]
-
-
-def _short_answers(per_task: int, seed: int) -> Iterator[ChoiceItem]:
-    for item in shapes_choices(per_task, seed):
-        prompt = QUESTION_PROMPT.format(question=item.prompt)
-        yield replace(item, prompt=prompt, task="vqa", ability="in context")
 
 
 def _held_out(answers: Iterable[str], make: Callable[[str], Scene]) -> dict[str, Draw]:

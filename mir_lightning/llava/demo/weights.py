@@ -55,7 +55,9 @@ class EfficientNetLiteModel(transformers.PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """``[B, 3, 32 n, 32 n]`` -> last hidden state ``[B, n * n, 1280]``."""
-        grid = self.net.extract_features(pixel_values)  # [B, 1280, n, n]
+        # Channels last is the same to the bit, and takes a quarter less time on CPU.
+        pixels = pixel_values.contiguous(memory_format=torch.channels_last)
+        grid = self.net.extract_features(pixels)  # [B, 1280, n, n]
         tokens = grid.flatten(2).transpose(1, 2)
         tokens = nn.functional.layer_norm(tokens, tokens.shape[-1:])
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))

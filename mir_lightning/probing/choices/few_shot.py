@@ -77,6 +77,12 @@ def pair_items(pairs: Iterable[Pair]) -> list[ChoiceItem]:
     return items
 
 
+def short_answers(items: Iterable[ChoiceItem]) -> list[ChoiceItem]:
+    """Questions on one picture asked as MM1 does, all of one task."""
+    asked = {"task": "vqa", "ability": "in context"}
+    return [replace(item, prompt=QUESTION_PROMPT.format(question=item.prompt), **asked) for item in items]
+
+
 class FewShotProbe:
     """Items to answer, each after k solved examples of its task.
 
