@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jinja2 import Template
-from rich.console import Console
-from rich.table import Table
 
-from mir_lightning.callbacks.figures import curve_colour, draw_band
+from mir_lightning.callbacks.figures import curve_colour, draw_band, new_figure
 from mir_lightning.files import check_json, finite_number, read_csv, read_json
+from mir_lightning.page import Panel, TitledTable, html_page
 from mir_lightning.study import Study
 from mir_lightning.validation import OVERALL, Design, Estimate, spearman
 
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = list[tuple[int, float]]
-TitledTable = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 _STEP_KEYS = ("step", "trainer/global_step", "global_step")
 _STYLES = ("-", "--", ":", "-.")
@@ -31,13 +28,16 @@ _PANELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Does it look? Image gain": ("nats a token (higher is better)", ("image_gain",)),
     "Are the modalities apart? MIR": ("log10 distance (lower is better)", ("mir", "mir_robust")),
     "By what? Norm of vision over text": ("ratio (mean over layers)", ("mir_norm/mean",)),
-    "Soft Discrimination Score": ("", ("sds_abilities/", "sds")),
-    "Accuracy": ("", ("sds_acc_abilities/", "sds_acc")),
-    "Loss": ("cross-entropy (nats per token)", ("train/loss", "loss", "mir_probe/loss")),
-    "Held-out perplexity": ("", ("mir_probe/perplexity",)),
-    "Few-shot exact match": ("", ("few_shot/em_0", "few_shot/em_4", "few_shot/em_8")),
+    "Soft Discrimination Score": ("probability (higher is better)", ("sds_abilities/", "sds")),
+    "Accuracy": ("share of items (higher is better)", ("sds_acc_abilities/", "sds_acc")),
+    "Loss": ("nats a token (lower is better)", ("train/loss", "loss", "mir_probe/loss")),
+    "Held-out perplexity": ("(lower is better)", ("mir_probe/perplexity",)),
+    "Few-shot exact match": (
+        "share of answers (higher is better)",
+        ("few_shot/em_0", "few_shot/em_4", "few_shot/em_8"),
+    ),
     "Effective rank": ("dimensions (mean over layers)", ("mir_rank/vision", "mir_rank/text")),
-    "Share of massive tokens": ("", ("mir_massive/vision", "mir_massive/text")),
+    "Massive tokens": ("share of tokens", ("mir_massive/vision", "mir_massive/text")),
 }
 
 
@@ -131,29 +131,37 @@ def literal(text: str) -> str:
     return text.encode(errors="backslashreplace").decode().replace("$", r"\$")  # it cannot show half a character
 
 
-def report_figure(runs: Sequence[Run]) -> Figure:
-    """Panels side by side of every metric that some run has: a line style for each name, a colour for each run.
+def report_panels(runs: Sequence[Run]) -> list[Panel]:
+    """Of every metric that some run has: a line style for each name, a colour for each run.
 
     Where there is one run, each name has a colour.
     """
-    from matplotlib.figure import Figure
+    return [
+        Panel(partial(_draw_panel, title=title, names=names, runs=runs))
+        for title in _PANELS
+        if (names := _names_of(runs, title))
+    ]
+
+
+def report_figure(runs: Sequence[Run]) -> Figure:
+    """All panels, three in a line."""
     from matplotlib.lines import Line2D
 
-    panels = {title: names for title in _PANELS if (names := _names_of(runs, title))}
+    panels = report_panels(runs)
     columns = min(3, len(panels)) or 1
-    lines = -(-len(panels) // columns) or 1
-    figure = Figure(figsize=(4.2 * columns, 3.0 * lines), dpi=120, layout="constrained")
-    places = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, (title, names) in zip(places, panels.items(), strict=False):
-        _draw_panel(axes, title, names, runs)
-    for axes in places[len(panels) :]:
-        axes.set_axis_off()
-    if len(runs) > 1:
-        handles = [
-            Line2D([], [], color=curve_colour(index), label=literal(run.name)) for index, run in enumerate(runs)
-        ]
+    figure = new_figure(4.2 * columns, 3.0 * (-(-len(panels) // columns) or 1))
+    grid = figure.add_gridspec(-(-len(panels) // columns) or 1, columns)
+    for place, panel in enumerate(panels):
+        panel.draw(figure.add_subplot(grid[place // columns, place % columns]))
+    if colours := run_colours(runs):
+        handles = [Line2D([], [], color=own, label=literal(name)) for name, own in colours.items()]
         figure.legend(handles=handles, loc="outside upper center", ncols=min(len(runs), 6), frameon=False)
     return figure
+
+
+def run_colours(runs: Sequence[Run]) -> dict[str, str]:
+    """Of several runs, by name."""
+    return {run.name: curve_colour(index) for index, run in enumerate(runs)} if len(runs) > 1 else {}
 
 
 def _names_of(runs: Sequence[Run], title: str) -> list[str]:
@@ -175,7 +183,7 @@ def _draw_panel(axes: Any, title: str, names: Sequence[str], runs: Sequence[Run]
     for index, name in enumerate(names):
         style: Any = _STYLES[index % len(_STYLES)]
         if len(names) > 1:
-            shown = "0.3" if several else curve_colour(index)
+            shown = "black" if several else curve_colour(index)
             handles.append(Line2D([], [], color=shown, linestyle=style, label=literal(name)))
         for place, curve in enumerate(run.curves.get(name) for run in runs):
             if curve:
@@ -227,19 +235,6 @@ def correlations(runs: Sequence[Run], scores: Mapping[str, float]) -> list[Corre
     return sorted(rows, key=lambda row: -abs(row.rho.value))
 
 
-def text_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Plain lines of aligned columns, the first and the last to the left."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, justify="left" if column in (columns[0], columns[-1]) else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    plain: Any = dict.fromkeys(("markup", "emoji", "highlight"), False)
-    written = io.StringIO()
-    Console(file=written, width=10_000, color_system=None, **plain).print(table)
-    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
-
-
 def correlation_table(rows: Sequence[Correlation], score: str) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the correlations."""
     columns = ["metric", f"Spearman's rho with {score}", "95 % interval", "runs"]
@@ -247,20 +242,12 @@ def correlation_table(rows: Sequence[Correlation], score: str) -> tuple[list[str
     return columns, [list(row) for row in cells]
 
 
-def report_page(runs: Sequence[Run], figure: Figure, rows: Sequence[Correlation], score: str) -> str:
-    """The curves as a drawing, last values and correlations as tables."""
+def report_page(runs: Sequence[Run], rows: Sequence[Correlation], score: str) -> str:
+    """The curves as drawings, last values and correlations as tables."""
     names = [name for title in _PANELS for name in _names_of(runs, title)]
     last = [[name, *(f"{run.last(name):.4g}" if name in run.curves else "" for run in runs)] for name in names]
     tables: list[TitledTable] = [("Last values", ["", *(run.name for run in runs)], last)]
     if rows:
         tables.append((f"Rank correlation with {score}", *correlation_table(rows, score)))
-    return html_page(", ".join(run.name for run in runs), figure, tables)
-
-
-def html_page(title: str, figure: Figure, tables: Sequence[TitledTable], notes: Sequence[str] = ()) -> str:
-    """An HTML page that needs nothing else: a drawing, tables, and a list of what is to be known of them."""
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg")
-    svg = drawing.getvalue()
-    page = Template(Path(__file__).with_suffix(".html").read_text("utf-8"), autoescape=True, trim_blocks=True)
-    return page.render(title=title, drawing=svg[svg.index("<svg") :], tables=tables, notes=notes)
+    title = ", ".join(run.name for run in runs)
+    return html_page(title, report_panels(runs), tables, colours=run_colours(runs))

@@ -257,12 +257,12 @@ def rank_line(study: Study, reading: str, scope: str, given: str | None = None) 
 
 
 def validate(study: Study, given: str | None = None, readings: Sequence[str] = ()) -> Validation:
-    """Every reading in every scope, or some; a ``ValueError`` if none can be ranked, or none is called ``given``."""
-    asked = [("given", given)] * (given is not None) + [("readings", name) for name in readings or [*study.readings]]
-    for argument, name in asked or [("readings", None)]:
-        if name not in study.readings:
+    """Every reading, or some, in every scope; a ``ValueError`` if none can be ranked, or one asked for is none."""
+    chosen: Sequence[str | None] = readings or [*study.readings] or [None]
+    for argument, names in (("given", [] if given is None else [given]), ("readings", chosen)):
+        if unknown := [name for name in names if name not in study.readings]:
             known = ", ".join(study.readings) or "none, as no column is one"
-            raise ValueError(f"{argument}: must be a reading of the study, got {name!r}; it has {known}.")
+            raise ValueError(f"{argument}: must be a reading of the study, got {unknown[0]!r}; it has {known}.")
     lines, notes = [], []
     for reading in readings or study.readings:
         values = study.readings[reading]

@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mir_lightning.callbacks.figures import curve_colour, new_figure
-from mir_lightning.report import TitledTable, literal
+from mir_lightning.page import Panel, TitledTable
+from mir_lightning.report import literal
 from mir_lightning.study import BASE, Study, lower_is_better
 from mir_lightning.validation import OVERALL, WITHIN, Estimate, Line, Validation
 
@@ -73,14 +75,28 @@ def validation_figure(study: Study, found: Validation, score: str) -> Figure:
     columns, lines = min(3, len(readings)), 1 + (len(readings) > 3)
     figure = new_figure(5.2 + 2.6 * columns, max(2.8 * lines, 1.8 + 0.42 * len(readings)))
     grid = figure.add_gridspec(lines, 1 + columns, width_ratios=(1.4, *[1] * columns))
-    _draw_forest(figure.add_subplot(grid[:, 0]), found.lines, readings)
-    for index, reading in enumerate(readings[: 3 * lines]):
-        axes = figure.add_subplot(grid[index // columns, 1 + index % columns])
-        _draw_scatter(axes, study, reading)
-        axes.set_ylabel("" if index % columns else literal(score))
+    forest, *scatters = validation_panels(study, found, score)
+    forest.draw(figure.add_subplot(grid[:, 0]))
+    for index, scatter in enumerate(scatters):
+        scatter.draw(axes := figure.add_subplot(grid[index // columns, 1 + index % columns]))
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=4 if columns < 3 else 8, frameon=False)
     return figure
+
+
+def validation_panels(study: Study, found: Validation, score: str) -> list[Panel]:
+    """Those correlations, and each of the six strongest readings against the score."""
+    readings = _by_strength(found)
+    forest = partial(_draw_forest, lines=found.lines, readings=readings)
+    return [
+        Panel(forest, width=5.2, height=1.8 + 0.42 * len(readings)),
+        *(Panel(partial(_draw_scatter, study=study, reading=name, score=score)) for name in readings[:6]),
+    ]
+
+
+def factor_colours(study: Study) -> dict[str, str]:
+    """Of the factors, by name."""
+    return {name: curve_colour(index) for index, name in enumerate(study.varied)} | {BASE: "#000000"}
 
 
 def _draw_forest(axes: Any, lines: Sequence[Line], readings: Sequence[str]) -> None:
@@ -91,22 +107,22 @@ def _draw_forest(axes: Any, lines: Sequence[Line], readings: Sequence[str]) -> N
             height = readings.index(line.reading) + (-0.15 if inside else 0.15)
             look = {"color": colour, "linewidth": 2.4 if inside else 1.0}
             axes.plot([rho.low, rho.high], [height] * 2, **look)
-            axes.plot(rho.value, height, "o", markerfacecolor=colour if inside else "white", **look)
+            axes.plot(rho.value, height, "o" if inside else "|", markersize=6 if inside else 11, **look)
     names = [literal(f"{name}\n({_way(name)} is better)") for name in readings]
     axes.set_yticks(range(len(readings)), names, fontsize=8)
     axes.set(xlim=(-1.05, 1.05), ylim=(len(readings) - 0.5, -0.5), xlabel="Spearman's rho with 95 % interval")
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("filled: within factors; hollow: overall\nblue should be right of 0, orange left", fontsize=9)
+    axes.set_title("dot: within factors; bar: overall\nblue should be right of 0, orange left", fontsize=9)
 
 
-def _draw_scatter(axes: Any, study: Study, reading: str) -> None:
-    for index, factor in enumerate([*study.varied, BASE]):
+def _draw_scatter(axes: Any, study: Study, reading: str, score: str) -> None:
+    for index, (factor, colour) in enumerate(factor_colours(study).items()):
         rows = [place for place, own in enumerate(study.factors) if own == factor]
-        look: Any = {"color": curve_colour(index), "marker": _MARKERS[index % len(_MARKERS)]}
-        look |= {"color": "black", "marker": "*"} if factor == BASE else {}
+        look: Any = {"color": colour, "marker": "*" if factor == BASE else _MARKERS[index % len(_MARKERS)]}
         points = study.readings[reading][rows], study.score[rows]
         axes.scatter(*points, s=20, linewidths=0, label=literal(factor), **look)
+    axes.set_ylabel(literal(score))
     axes.set_title(literal(f"{reading} ({_way(reading)} is better)"), fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

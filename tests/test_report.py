@@ -1,13 +1,18 @@
 import csv
+import html
 import json
 import os
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import scipy.stats
 
 from mir_lightning import cli
-from mir_lightning.report import Run, correlations, read_run, report_figure, report_page
+from mir_lightning.page import html_page
+from mir_lightning.report import Run, correlations, read_run, report_figure, report_page, report_panels
 
 
 def _write_run(folder, mir, scores=(0.2, 0.5), extra=()):
@@ -142,7 +147,7 @@ def test_names_are_shown_as_they_are(tmp_path):
     figure = report_figure(runs)
     shown = [text._preprocess_math(text.get_text()) for text in figure.legends[0].get_texts()]
     assert shown == [(name, False) for name in (*names[:2], r"\udcff")]
-    assert "_b&lt;i&gt;" in report_page(runs, figure, [], "")
+    assert "_b&lt;i&gt;" in report_page(runs, [], "")
 
 
 def test_rank_correlations_against_scipy():
@@ -180,3 +185,59 @@ def test_the_page_opens_offline_and_tells_what_the_runs_logged(tmp_path, capsys)
     assert (tmp_path / "page.png").stat().st_size > 20_000
     assert cli.main(["report", str(folders[0]), "--score", "nothing"]) == 1
     assert "no run has logged 'nothing'" in capsys.readouterr().err
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+LOOK = """<script>
+const [head, body] = [document.querySelectorAll("th button"), document.querySelector("tbody")]
+const first = () => [...body.rows].map(row => row.cells[0].textContent)
+const colour = element => getComputedStyle(element).color
+const orders = [first()]
+for (const column of [0, 0, 2, 2]) { head[column].click(); orders.push(first()) }
+document.body.dataset.found = JSON.stringify({
+  columns: new Set([...document.querySelectorAll(".panels > div")].map(panel => panel.offsetLeft)).size,
+  panels: document.querySelectorAll(".panels svg").length,
+  overflow: document.documentElement.scrollWidth - innerWidth,
+  text: colour(document.body),
+  ground: getComputedStyle(document.body).backgroundColor,
+  drawn: getComputedStyle(document.querySelector(".panels svg text, .panels svg g[id^=text] g")).fill,
+  sorted: head[2].parentNode.ariaSort,
+  orders,
+})
+</script></body>"""
+
+
+def _opened(page, folder, width, *options):
+    """What a browser makes of the page."""
+    (folder / "opened.html").write_text(page.replace("</body>", LOOK))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    command += [f"--user-data-dir={folder / 'profile'}", *options, (folder / "opened.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return json.loads(html.unescape(re.search('data-found="(.*?)"', dom)[1]))
+
+
+def _luminance(colour):
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 / 255
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="opens the page in Chromium, which is not installed")
+@pytest.mark.parametrize(("width", "columns"), [(1300, 3), (800, 2), (500, 1)])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_browser_shows_the_page_wide_narrow_and_dark(tmp_path, width, columns, dark):
+    runs = [read_run(_write_run(tmp_path / name, [1.5, 1.25 + place])) for place, name in enumerate("ab")]
+    option = "--blink-settings=preferredColorScheme=" + ("0" if dark else "1")
+    found = _opened(report_page(runs, [], ""), tmp_path, width, option)
+    assert found["panels"] == 4
+    assert found["columns"] == columns
+    assert found["overflow"] <= 0
+    ground, *shown = (_luminance(found[name]) for name in ("ground", "text", "drawn"))
+    assert (ground < 0.2) == dark
+    assert all(abs(ground - each) > 0.7 for each in shown)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="opens the page in Chromium, which is not installed")
+def test_a_click_on_a_column_sorts_by_it_and_another_one_turns_it_round(tmp_path):
+    tables = [("T", ["name", "way", "value"], [["b", "up", "9.5"], ["a", "up", "-"], ["c", "down", "10 [8, 12]"]])]
+    found = _opened(html_page("x", report_panels([Run("r", {"mir": [(0, 1.0)]})]), tables), tmp_path, 500)
+    assert found["orders"] == [[*"bac"], [*"abc"], [*"cba"], [*"bca"], [*"cba"]]  # what is no number stays last
+    assert found["sorted"] == "descending"

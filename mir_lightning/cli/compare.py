@@ -16,7 +16,8 @@ from mir_lightning.cli.evaluate import evaluate_source, layer_bars, plus_minus, 
 from mir_lightning.cli.options import EvaluationOptions, ModelOptions, ProbeOptions, flags, option
 from mir_lightning.files import check_json, read_json
 from mir_lightning.functional.influence import standard_error
-from mir_lightning.report import literal, text_table
+from mir_lightning.page import text_table
+from mir_lightning.report import literal
 
 _MUST_AGREE = {"source": "probe", "variant": "variant", "text": "text positions"}
 _OWNERS = (ProbeOptions, ModelOptions, EvaluationOptions)

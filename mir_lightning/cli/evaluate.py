@@ -30,6 +30,7 @@ from mir_lightning.cli.options import (
     whole_number,
 )
 from mir_lightning.cli.probe import choose_pairs, source_of
+from mir_lightning.page import text_table
 from mir_lightning.probing.choices.few_shot import FewShotProbe, evaluate_few_shot, pair_items
 from mir_lightning.probing.evaluate import MIRResult, evaluate_mir
 from mir_lightning.probing.image_gain import ImageGainResult, evaluate_image_gain
@@ -37,7 +38,7 @@ from mir_lightning.probing.images import read_image
 from mir_lightning.probing.pairs import Pair, PairProbe, check_prompt
 from mir_lightning.probing.probe import Probe
 from mir_lightning.probing.ranks import fit_into_memory
-from mir_lightning.report import literal, text_table
+from mir_lightning.report import literal
 from mir_lightning.vlm import find_vlm
 
 if TYPE_CHECKING:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mir_lightning import report
+from mir_lightning import page, report
 from mir_lightning.cli.options import Command, flags, option, output_file, picture_file
 from mir_lightning.files import check_json, read_json
 from mir_lightning.study import read_study
 from mir_lightning.validation import validate
-from mir_lightning.validation_page import validation_figure, validation_record, validation_tables
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from mir_lightning.validation_page import (
+    factor_colours,
+    validation_figure,
+    validation_panels,
+    validation_record,
+    validation_tables,
+)
 
 
 @dataclass(kw_only=True)
@@ -30,7 +32,7 @@ class Report(Command):
     )
     validate: bool = option("RUN is the table of a study: how far can each reading in it be trusted?", False)
     given: str | None = option("with --validate: what does each reading add to this one?", metavar="READING")
-    readings: list[str] | None = option("with --validate: these alone", metavar="READING", nargs="+")
+    readings: list[str] | None = option("with --validate: these alone", type=str, metavar="READING", nargs="+")
     json: Path | None = option("with --validate: write everything to this file", type=output_file)
     html: Path | None = option("write a page that opens offline", type=output_file)
     plot: Path | None = option("draw into this file (.png, .pdf, .svg)", type=picture_file)
@@ -55,11 +57,13 @@ class Report(Command):
         if self.json:
             record = validation_record(found, score, self.given)
             self.json.write_text(json.dumps(record, indent=1, allow_nan=False))
-        if self.html or self.plot:
-            figure = validation_figure(study, found, score)
-            self._write(figure, lambda: report.html_page(self.runs[0].stem, figure, tables, found.notes))
+        if self.html:
+            panels, colours = validation_panels(study, found, score), factor_colours(study)
+            page.write_html(self.html, page.html_page(self.runs[0].stem, panels, tables, found.notes, colours))
+        if self.plot:
+            validation_figure(study, found, score).savefig(self.plot)
         for title, columns, rows in tables:
-            print(f"{title}\n{report.text_table(columns, rows)}\n")
+            print(f"{title}\n{page.text_table(columns, rows)}\n")
         for note in found.notes:
             print(f"note: {note}")
 
@@ -67,20 +71,16 @@ class Report(Command):
         runs = [report.read_run(path) for path in self.runs]
         rows = report.correlations(runs, _scores(self.score, runs)) if self.score else []
         rows = [row for row in rows if row.metric != self.score]
-        figure = report.report_figure(runs)
-        self._write(figure, lambda: report.report_page(runs, figure, rows, self.score or ""))
+        if self.html:
+            page.write_html(self.html, report.report_page(runs, rows, self.score or ""))
+        if self.plot:
+            report.report_figure(runs).savefig(self.plot)
         for run in runs:
             shown = [name for name in ("mir", "sds", "train/loss") if name in run.curves]
             values = ", ".join(f"{name} {run.last(name):.4g}" for name in shown)
             print(f"{run.name}: {values or f'{len(run.curves)} curves'}")
         if self.score:
-            print(report.text_table(*report.correlation_table(rows, self.score)))
-
-    def _write(self, figure: Figure, page: Callable[[], str]) -> None:
-        if self.html:
-            self.html.write_text(page(), encoding="utf-8", errors="backslashreplace")
-        if self.plot:
-            figure.savefig(self.plot)
+            print(page.text_table(*report.correlation_table(rows, self.score)))
 
 
 def _scores(score: str, runs: Sequence[report.Run]) -> Mapping[str, float]:

@@ -8,13 +8,13 @@ from typing import Any
 
 from mir_lightning.cli.models import load_model, load_processor
 from mir_lightning.cli.options import ModelOptions, at_least_one, option
+from mir_lightning.page import text_table
 from mir_lightning.probing.choices.evaluate import ChoiceResult, evaluate_choices
 from mir_lightning.probing.choices.items import ChoiceItem
 from mir_lightning.probing.choices.m3_bench import load_items
 from mir_lightning.probing.choices.probe import ChoiceProbe
 from mir_lightning.probing.choices.scores import Score
 from mir_lightning.probing.choices.styles import StyleName
-from mir_lightning.report import text_table
 
 
 @dataclass(kw_only=True)

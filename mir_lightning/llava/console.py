@@ -13,7 +13,7 @@ from mir_lightning.callbacks.loggers import picture_folder, whereabouts
 from mir_lightning.callbacks.mir import MIRCallback
 from mir_lightning.llava.model.stages import Stage
 from mir_lightning.llava.trainer import probing_callbacks
-from mir_lightning.report import text_table
+from mir_lightning.page import text_table
 from mir_lightning.vlm import PartName, parameters_of
 
 

@@ -136,7 +136,10 @@ def test_runs_are_read_at_every_point_scored_and_not_done_again(small_study, tmp
     assert not [
         name
         for name in rows[0]
-        if "layer_" in name or name.startswith(("train", "sds_chance")) or "overhead" in name or name.endswith("_se")
+        if "layer_" in name
+        or name.startswith(("train", "sds_chance"))
+        or "overhead" in name
+        or name.endswith("_se")
     ]
     assert rows[0]["mir"] != rows[1]["mir"]
     assert not list(root.glob("*/*/model"))

@@ -188,7 +188,7 @@ def scene_items(per_task: int = 60, seed: int = 0, things: int = len(THINGS)) ->
 def scene_few_shot(
     per_task: int = 60, seed: int = 0, things: int = len(THINGS)
 ) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
-    """What is to be answered, and examples, as :func:`~mir_lightning.llava.demo.questions.shapes_few_shot` gives."""
+    """What is to be answered, and examples: see :func:`~mir_lightning.llava.demo.questions.shapes_few_shot`."""
     return (
         [*_captions("held_out", per_task, seed, things), *short_answers(scene_items(per_task, seed, things))],
         [*_captions("train", 60, seed, things), *short_answers(scene_items(12, seed + 1, things))],

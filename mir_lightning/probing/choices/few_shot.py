@@ -79,8 +79,10 @@ def pair_items(pairs: Iterable[Pair]) -> list[ChoiceItem]:
 
 def short_answers(items: Iterable[ChoiceItem]) -> list[ChoiceItem]:
     """Questions on one picture asked as MM1 does, all of one task."""
-    asked = {"task": "vqa", "ability": "in context"}
-    return [replace(item, prompt=QUESTION_PROMPT.format(question=item.prompt), **asked) for item in items]
+    return [
+        replace(item, prompt=QUESTION_PROMPT.format(question=item.prompt), task="vqa", ability="in context")
+        for item in items
+    ]
 
 
 class FewShotProbe:
