@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from torch import Tensor, nn
+from torch import Tensor
 
 from mir_lightning.functional import modality_integration_rate
 from mir_lightning.functional.checks import check_choice
+from mir_lightning.llava.model.connector import output_layer
 from mir_lightning.llava.model.module import model_inputs
 from mir_lightning.vlm import parameters_of, token_masks
 
@@ -65,10 +66,7 @@ class Scaled(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """After the last step."""
         if trainer.global_step == trainer.estimated_stepping_batches:
-            linear = [
-                part for part in pl_module.vlm.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)
-            ]
-            for parameter in linear[-1].parameters():
+            for parameter in output_layer(pl_module.vlm).parameters():
                 parameter.data *= self.factor
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from mir_lightning.llava.demo.emoji import EmojiScenes
 from mir_lightning.llava.demo.weights import build_packaged_llava, build_packaged_processor
+from mir_lightning.llava.model.connector import output_layer
 from mir_lightning.vlm import parameters_of
 
 STUDY = Path(__file__).parents[2] / "recipes" / "configs" / "study" / "pretrain.yaml"
@@ -75,7 +76,7 @@ def main():
     ):
         for part in parts:
             part.save_pretrained(options.root / name)
-    last = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)][-1]
+    last = output_layer(model)
 
     def save(name):
         tensors = {key: p.detach().contiguous() for key, p in parameters_of(model, "projector").items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from mir_lightning.llava.model.connector import connect, llava_config, llava_processor
+from mir_lightning.llava.model.connector import connect, llava_config, llava_processor, output_layer
 from mir_lightning.llava.model.resolution import check_multiple
 from mir_lightning.llava.model.upcycling import Upcycling, upcycle
 
@@ -90,8 +90,7 @@ def build_packaged_llava(
     model = connect(llm, vision, joint)
     # Images say nothing until trained to: with a random output layer the start is a lottery at this size, by the
     # seed vision tokens turn into massive activations or not.
-    linear = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)]
-    for parameter in linear[-1].parameters():
+    for parameter in output_layer(model).parameters():
         nn.init.zeros_(parameter)
     return model
 

@@ -146,3 +146,8 @@ def connect(llm: PreTrainedModel, vision: PreTrainedModel, config: PreTrainedCon
         if isinstance(part, nn.Linear):
             part.reset_parameters()
     return model
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The last linear layer of a model's connector."""
+    return [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)][-1]
