@@ -24,7 +24,6 @@ from mir_lightning.probing.ranks import fit_into_memory, run_together, sum_over_
 from mir_lightning.vlm import TextPositions, TokenMasks
 
 _SAMPLE_SIZE = 400
-_OF_THE_WHOLE = ("probe", "progress", "check", "interval", "start")  # options that are not those of a source
 
 
 class UncheckedMaskWarning(UserWarning):
@@ -176,7 +175,6 @@ def evaluate_mir(
         torch.OutOfMemoryError: if single samples do not fit, or batches cannot be split.
     """
     start = time.perf_counter()
-    again = {key: value for key, value in locals().items() if key not in _OF_THE_WHOLE}
     check_choice("variant", variant, Variant)
     check_choice("rank_order", rank_order, RankOrder)
     if interval and variant not in get_args(Rule):
@@ -187,17 +185,20 @@ def evaluate_mir(
     network.check_layer("sample_layer", sample_layer)
     fingerprint, masks = probe.fingerprint, network.masks(probe, text)
     whole = MaskedBatches(probe, masks)
+    sources: dict[str, SourceMIR] = {}
+
+    def read(part: MaskedBatches, title: str | None) -> _Reading:
+        return fit_into_memory(
+            lambda batches: _Reading(network, variant, rank_order, sample_layer, distributed, title).of(batches),
+            part,
+            MaskedBatches.halved,
+        )
+
     with leave_no_trace(network.model):
         checked = check and fit_into_memory(
             lambda batches: _mask_is_right(network, batches, distributed), whole, MaskedBatches.halved
         )
-        reading = fit_into_memory(
-            lambda batches: _Reading(network, variant, rank_order, sample_layer, distributed, progress).of(
-                batches
-            ),
-            whole,
-            MaskedBatches.halved,
-        )
+        reading = read(whole, progress)
         breakdown, loss = reading.metric.compute_breakdown(), reading.loss()
         influence = None
         if interval:
@@ -206,14 +207,13 @@ def evaluate_mir(
                 whole,
                 MaskedBatches.halved,
             )
+        for name, batches in probe.by_source().items():
+            if any(masks[index].vision.any() for index in batches):
+                part = MaskedBatches(probe.part(batches), [masks[index] for index in batches])
+                of_source = read(part, progress and f"{progress}, {name}")
+                sources[name] = SourceMIR(of_source.metric.compute().item(), of_source.loss())
     if check and not checked:
         warnings.warn(UncheckedMaskWarning(_NOTHING_MOVED), stacklevel=2)
-    sources = {}
-    for name, batches in probe.by_source().items():
-        if any(masks[index].vision.any() for index in batches):
-            title = progress and f"{progress}, {name}"
-            of_source = evaluate_mir(probe=probe.part(batches), progress=title, **again)
-            sources[name] = SourceMIR(of_source.mir, of_source.loss)
     by_layer = {
         name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])
         for name in LayerDistance._fields
