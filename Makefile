@@ -53,9 +53,10 @@ bench: $(INSTALLED)  ## time and memory, as ratios in one run
 docs: $(INSTALLED)  ## the documentation site, in site/: open site/index.html, no server needed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-figures: $(INSTALLED)  ## figures that are drawn, not measured
+figures: $(INSTALLED)  ## figures of the pages, from tables that are here
 	$(BIN)/python docs/figures/clouds.py
 	$(BIN)/python docs/figures/scenes.py
+	$(BIN)/python docs/figures/evidence.py
 
 clean:  ## remove everything made here
 	rm -rf $(VENV) runs site
