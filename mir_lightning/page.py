@@ -28,6 +28,11 @@ class Panel:
     width: float = 4.2
     height: float = 3.0
 
+    @property
+    def rows(self) -> int:
+        """How many panels of the usual shape are as high at the same width."""
+        return max(1, round(self.height / self.width * 4.2 / 3.0))
+
 
 def write_html(file: Path, page: str) -> None:
     """As UTF-8; what that cannot hold, half a character, as its code."""
@@ -53,7 +58,7 @@ def html_page(
         colours: what they mean, by name, if it is the same in all panels.
     """
     page = Template(Path(__file__).with_suffix(".html").read_text("utf-8"), autoescape=True, trim_blocks=True)
-    drawings = [_readable(_svg(panel)) for panel in panels]
+    drawings = [(panel.rows, _readable(_svg(panel))) for panel in panels]
     shown = {name: _readable(colour) for name, colour in (colours or {}).items()}
     return page.render(title=title, drawings=drawings, tables=tables, notes=notes, colours=shown)
 

@@ -96,7 +96,7 @@ def validation_panels(study: Study, found: Validation, score: str) -> list[Panel
 
 def factor_colours(study: Study) -> dict[str, str]:
     """Of the factors, by name."""
-    return {name: curve_colour(index) for index, name in enumerate(study.varied)} | {BASE: "#000000"}
+    return {name: curve_colour(index) for index, name in enumerate(study.varied)} | {BASE: "grey"}
 
 
 def _draw_forest(axes: Any, lines: Sequence[Line], readings: Sequence[str]) -> None:
