@@ -51,4 +51,4 @@ def test_the_wheel_holds_recipe_and_configs_where_the_command_looks(tmp_path):
     assert len(shipped) > 9
     assert {f"mir_lightning/recipes/{file.relative_to(folder).as_posix()}" for file in shipped} <= names
     assert not any("__pycache__" in name for name in names)
-    assert "mir_lightning/report.html" in names
+    assert "mir_lightning/page.html" in names
