@@ -15,8 +15,8 @@ DOCS = Path(__file__).parents[1]
 CHANCE = {"category": 1 / 4, "comparison": 1 / 2, "count": 1 / 4, "identity": 1 / 12, "place": 1 / 4}
 READINGS = {
     "score": "score after fine-tuning (higher is better)",
-    "mir": "MIR (lower is better)",
-    "mir_robust": "MIR, robust rule (lower is better)",
+    "mir": "MIR (lower: closer clouds)",
+    "mir_robust": "MIR, robust rule (lower: closer clouds)",
     "mir_norm/mean": "norm of vision over text",
     "image_gain": "image gain, nats a token (higher is better)",
     "image_gain_blank": "gain over a blank picture (higher is better)",
