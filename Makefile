@@ -57,6 +57,10 @@ figures: $(INSTALLED)  ## figures of the pages, from tables that are here
 	$(BIN)/python docs/figures/clouds.py
 	$(BIN)/python docs/figures/scenes.py
 	$(BIN)/python docs/figures/evidence.py
+	$(BIN)/mir-lightning report --validate docs/evidence/study.csv --given mir_probe/loss \
+		--readings mir mir_robust mir_official mir_equal_norm mir_gap/mean mir_gap/covariance mir_norm/mean \
+		mir_rank/vision mir_massive/vision image_gain image_gain_blank mir_probe/loss sds sds_acc few_shot/em_4 \
+		few_shot/f1_8 --plot docs/images/evidence_ranks.png
 
 clean:  ## remove everything made here
 	rm -rf $(VENV) runs site
