@@ -27,18 +27,11 @@ __all__ = [
     "evaluate_mir",
 ]
 
-_HOMES = {
-    "callbacks": ("ImageGainCallback", "MIRCallback", "SDSCallback"),
-    "metrics": ("ImageGain", "ModalityIntegrationRate", "SoftDiscriminationScore"),
-    "probing": ("ImageGainResult", "MIRResult", "Probe", "evaluate_image_gain", "evaluate_mir"),
-    "functional": (),
-    "moca": (),
-}
-
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name == home or name in names:
+    for home in ("metrics", "probing", "callbacks", "functional", "moca"):  # from the lowest floor that exports it
+        if name == home or name in __all__:
             module = import_module(f"mir_lightning.{home}")
-            return module if name == home else getattr(module, name)
+            if name == home or hasattr(module, name):
+                return module if name == home else getattr(module, name)
     raise AttributeError(f"module 'mir_lightning' has no attribute {name!r}")

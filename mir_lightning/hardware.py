@@ -27,14 +27,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def best_precision(accelerator: str) -> tuple[str, str]:
-    """Lightning's name of the precision to train in, and why.
-
-    Args:
-        accelerator: as a Lightning ``Trainer`` takes it, ``"auto"`` included.
-
-    Returns:
-        ``"bf16-mixed"`` where bfloat16 is native, else ``"32-true"``, and the reason in words.
-    """
+    """Precision to train in, ``"bf16-mixed"`` where bfloat16 is native, else ``"32-true"``, and why."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         name, native = torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False)
     elif accelerator in ("auto", "cpu"):

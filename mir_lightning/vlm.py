@@ -205,11 +205,7 @@ def shallowest_list(root: nn.Module, length: int | None) -> tuple[nn.Module | No
 
 
 def vision_token_ids(config: PreTrainedConfig) -> set[int]:
-    """Placeholder ids of image and video tokens, from the outermost config that names any.
-
-    Raises:
-        ValueError: if no config names one.
-    """
+    """Ids of image and video tokens, from the outermost config that names any; a ``ValueError`` if none does."""
     for current in _configs(config):
         ids = [getattr(current, key, None) for key in _VISION_TOKEN_KEYS]
         if found := {int(i) for i in ids if i is not None}:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -151,14 +151,7 @@ def _loss_rises(points: Points) -> str | None:
     )
 
 
-_RULES: tuple[Callable[[Points], str | None], ...] = (
-    _no_gain,
-    _gain_falls,
-    _collapse,
-    _loud,
-    _loss_stands,
-    _loss_rises,
-)
+_RULES = (_no_gain, _gain_falls, _collapse, _loud, _loss_stands, _loss_rises)
 
 
 def label_fault(batches: Iterable[Mapping[str, Any]], vision: Iterable[Tensor]) -> str | None:

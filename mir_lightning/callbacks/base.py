@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -15,14 +15,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from mir_lightning.callbacks import alarms
-from mir_lightning.callbacks.loops import LightningLoop, Loop, Table
+from mir_lightning.callbacks.loops import Drawing, LightningLoop, Loop
 from mir_lightning.callbacks.schedule import Budget, Schedule, tokens_of
 from mir_lightning.callbacks.strategies import check_data_parallel
 from mir_lightning.functional.checks import check_choice
+from mir_lightning.probing.probe import Probe
 from mir_lightning.vlm import find_entrance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 OnError = Literal["warn", "raise"]
 
@@ -131,9 +129,9 @@ class ProbingCallback(pl.Callback, ABC):
         """What the last evaluation took; ``None`` before the first."""
         return self.history[-1][f"{self.name}_probe/seconds"] if self.history else None
 
-    @abstractmethod
     def make_probe(self, source: Any) -> Any:
         """The probe from what the callback was given; it has a ``fingerprint``."""
+        return Probe.of(source)
 
     def prepare(self, module: nn.Module) -> dict[str, Any]:
         """Find the model in ``module`` and make the probe; settings to describe the run with."""
@@ -166,7 +164,7 @@ class ProbingCallback(pl.Callback, ABC):
         """What the history keeps beside the values: plain data."""
         return {}
 
-    def draw(self, result: Any, step: int) -> tuple[dict[str, Figure], Table] | None:
+    def draw(self, result: Any, step: int) -> Drawing | None:
         """Figures by name, and a table, of a result and of the history, which ends with its row."""
         return None
 
@@ -175,11 +173,7 @@ class ProbingCallback(pl.Callback, ABC):
         return {}
 
     def begin(self, loop: Loop) -> None:
-        """Find the model and check the probe, so that mistakes show before the first step.
-
-        Raises:
-            ValueError: as the class says.
-        """
+        """Find the model and check the probe, so that mistakes show before the first step."""
         with isolate_rng():  # a DataLoader draws when it is read
             settings = self.prepare(loop.module)
         self.settings = {"fingerprint": str(self.probe.fingerprint), **settings}
@@ -358,11 +352,7 @@ class ProbingCallback(pl.Callback, ABC):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the curve of a checkpoint.
-
-        Raises:
-            ValueError: for the state of another version.
-        """
+        """Continue the curve of a checkpoint; a ``ValueError`` for the state of another version."""
         if state_dict.get("version") != _STATE_VERSION:
             raise ValueError(
                 f"the checkpoint's {self.name} state has version {state_dict.get('version')}, this one reads "

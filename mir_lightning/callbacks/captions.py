@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.few_shot import FewShotCallback
-from mir_lightning.callbacks.loops import Table
+from mir_lightning.callbacks.loops import Drawing
 from mir_lightning.probing.choices.few_shot import FewShotProbe, FewShotResult
 from mir_lightning.probing.choices.items import open_image
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class CaptionCallback(FewShotCallback):
@@ -58,7 +55,7 @@ class CaptionCallback(FewShotCallback):
         """The captions."""
         return {"captions": result.answers[0]}
 
-    def draw(self, result: FewShotResult, step: int) -> tuple[dict[str, Figure], Table]:
+    def draw(self, result: FewShotResult, step: int) -> Drawing:
         """The pictures with their captions, and all captions so far."""
         items = self.probe.probes[0].items
         figure = figures.caption_figure(

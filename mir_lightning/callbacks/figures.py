@@ -28,11 +28,7 @@ def curve_colour(index: int) -> str:
 
 
 def new_figure(width: float = 6.4, height: float = 3.6) -> Figure:
-    """An empty figure, in inches.
-
-    Raises:
-        ImportError: without matplotlib; it names the extra.
-    """
+    """An empty figure, in inches; an ``ImportError`` without matplotlib names the extra."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

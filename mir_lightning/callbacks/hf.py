@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from mir_lightning.callbacks import loggers
 from mir_lightning.callbacks.base import ProbingCallback
@@ -23,9 +23,6 @@ from mir_lightning.callbacks.mir import MIRCallback
 from mir_lightning.files import read_json
 from mir_lightning.probing.network import Forward
 from mir_lightning.probing.probe import ProbeLike
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -82,7 +79,7 @@ class TrainerLoop(Loop):
             if wandb.run is not None:
                 wandb.run.alert(title, message, level="WARN")
 
-    def log_media(self, name: str, figures: Mapping[str, Figure], table: Table) -> None:
+    def log_media(self, name: str, figures: loggers.Figures, table: Table) -> None:
         loggers.save_figures(Path(self.trainer.args.output_dir or ".") / f"{name}_media", figures)
         if "wandb" in (self.trainer.args.report_to or ()):
             import wandb
@@ -130,9 +127,7 @@ class ProbingTrainerCallback(TrainerCallback):
             self.trainer = next(trainer for trainer in trainers if vars(trainer).get("state") is state)
         return TrainerLoop(self.trainer)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         counts = self.probing.schedule.every_n_tokens is not None
         if counts and args.include_num_input_tokens_seen in (False, "no"):
             raise ValueError("every_n_tokens needs include_num_input_tokens_seen=True in the TrainingArguments.")
@@ -144,7 +139,11 @@ class ProbingTrainerCallback(TrainerCallback):
                 f"metric_for_best_model={wanted!r} is best at its {probing.best}imum: give the TrainingArguments "
                 f"greater_is_better={probing.best == 'max'}."
             )
-        self._come_first(loop.trainer)
+        handler = (
+            loop.trainer.callback_handler
+        )  # before what looks for the monitored values, early stopping for one
+        others = [callback for callback in handler.callbacks if callback is not self]
+        handler.callbacks = [self, *others]  # a new list: the handler is in the middle of this one
         self._training = True
         self._epochs = int((state.epoch or 0.0) + 1e-6) if state.global_step else 0
         history = [row for row in state.log_history if f"{name}_probe/seconds" in row]
@@ -166,32 +165,20 @@ class ProbingTrainerCallback(TrainerCallback):
             file.write_text(json.dumps(probing.settings))
         probing.start(loop)
 
-    def _come_first(self, trainer: Trainer) -> None:
-        """Before what looks for the monitored values at an evaluation, early stopping for one."""
-        handler = trainer.callback_handler
-        others = [callback for callback in handler.callbacks if callback is not self]
-        handler.callbacks = [self, *others]  # a new list: the handler is in the middle of this one
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         loop = self._loop(state)
         counts = self.probing.schedule.every_n_tokens is not None
         self.probing.after_step(loop, int(state.num_input_tokens_seen) if counts else None)
         if state.global_step >= state.max_steps:
             self.probing.end(loop)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._epochs += 1
         self.probing.after_epoch(self._loop(state), self._epochs)
         if control.should_training_stop:
             self.probing.end(self._loop(state))
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Put the monitored values among the trainer's own, where it looks for the best."""
         if not self._training:
             return  # the weights may be others by now
@@ -201,9 +188,7 @@ class ProbingTrainerCallback(TrainerCallback):
         values = {**worst, **self.probing.last_monitored}
         kwargs.get("metrics", {}).update({f"eval_{name}": value for name, value in values.items()})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._training = False
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             return  # the weights are those of an earlier step by now

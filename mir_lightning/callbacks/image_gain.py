@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.loggers import check_source
-from mir_lightning.callbacks.loops import Loop, Table
+from mir_lightning.callbacks.loops import Drawing, Loop
 from mir_lightning.probing.exchange import Exchange
 from mir_lightning.probing.image_gain import ImageGainResult, evaluate_image_gain
 from mir_lightning.probing.network import Network, ProbeWarning
-from mir_lightning.probing.probe import Probe, ProbeLike
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from mir_lightning.probing.probe import ProbeLike
 
 
 class ImageGainCallback(ProbingCallback):
@@ -61,10 +58,6 @@ class ImageGainCallback(ProbingCallback):
         super().__init__(probe, every_n_steps, name=name, **options)
         self.engine = {"image_token_id": image_token_id, "seed": seed}
 
-    def make_probe(self, source: ProbeLike) -> Probe:
-        """As :meth:`Probe.of <mir_lightning.Probe.of>` does."""
-        return Probe.of(source)
-
     def prepare(self, module: nn.Module) -> dict[str, Any]:
         """Find the model and see that the probe has pictures to exchange."""
         settings = super().prepare(module)
@@ -99,7 +92,7 @@ class ImageGainCallback(ProbingCallback):
         names = {"gain": self.name, "gain_error": f"{self.name}_se", "loss": f"{self.name}_probe/loss"}
         return {key: row[name] for key, name in names.items()}
 
-    def draw(self, result: ImageGainResult, step: int) -> tuple[dict[str, Figure], Table]:
+    def draw(self, result: ImageGainResult, step: int) -> Drawing:
         """Both gains over all steps, with their intervals."""
         names = [f"{self.name}{end}" for end in ("", "_se", "_blank", "_blank_se", "_probe/loss")]
         rows = [[point["step"], *(point[name] for name in names)] for point in self.history]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,11 +17,9 @@ from mir_lightning.callbacks import loggers
 from mir_lightning.callbacks.strategies import forward_through_strategy
 from mir_lightning.probing.network import Forward
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 T = TypeVar("T")
 Table = tuple[list[str], Sequence[Sequence[Any]]]  # columns and rows
+Drawing = tuple[loggers.Figures, Table]
 
 
 class Loop(ABC):
@@ -68,7 +66,7 @@ class Loop(ABC):
         """Give the values to every logger at this step."""
 
     @abstractmethod
-    def log_media(self, name: str, figures: Mapping[str, Figure], table: Table) -> None:
+    def log_media(self, name: str, figures: loggers.Figures, table: Table) -> None:
         """Pictures and a table to every logger that shows them, and PNG files; for the first rank."""
 
     @abstractmethod
@@ -121,7 +119,7 @@ class LightningLoop(Loop):
 
         loggers.for_each(self.trainer.loggers, log_and_save)
 
-    def log_media(self, name: str, figures: Mapping[str, Figure], table: Table) -> None:
+    def log_media(self, name: str, figures: loggers.Figures, table: Table) -> None:
         if getattr(self.trainer, "fast_dev_run", False) or self.trainer.barebones:
             return
         loggers.save_figures(loggers.picture_folder(self.trainer, name), figures)

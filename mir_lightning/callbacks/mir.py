@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -14,17 +14,14 @@ from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.alarms import label_fault
 from mir_lightning.callbacks.base import ProbingCallback
 from mir_lightning.callbacks.loggers import check_source
-from mir_lightning.callbacks.loops import Loop, Table
+from mir_lightning.callbacks.loops import Drawing, Loop
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.frechet import RankOrder
 from mir_lightning.functional.mir import Rule, Variant
 from mir_lightning.probing.evaluate import MIRResult, UncheckedMaskWarning, evaluate_mir
 from mir_lightning.probing.network import HiddenStates, Network, ProbeWarning
-from mir_lightning.probing.probe import Probe, ProbeLike
+from mir_lightning.probing.probe import ProbeLike
 from mir_lightning.vlm import TextPositions, find_entrance, is_foreign, module_at, token_masks
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class MIRCallback(ProbingCallback):
@@ -102,10 +99,6 @@ class MIRCallback(ProbingCallback):
         self.check = check and hidden_states is None
         self._config: Any = None
         self._looked_at_labels = False
-
-    def make_probe(self, source: ProbeLike) -> Probe:
-        """As :meth:`Probe.of <mir_lightning.Probe.of>` does."""
-        return Probe.of(source)
 
     def prepare(self, module: nn.Module) -> dict[str, Any]:
         """Find the model and check the probe."""
@@ -187,7 +180,7 @@ class MIRCallback(ProbingCallback):
         """MIR by both outlier rules."""
         return {self.name: result.mir, f"{self.name}_robust": result.mir_robust}
 
-    def draw(self, result: MIRResult, step: int) -> tuple[dict[str, Figure], Table]:
+    def draw(self, result: MIRResult, step: int) -> Drawing:
         """The layers now, over all steps, and some tokens of one."""
         columns, rows = figures.layer_table(vars(result))
         keys = [key for key in self.history[-1] if key.startswith(f"{self.name}_layers/")]

@@ -15,18 +15,7 @@ from mir_lightning.functional.checks import check_at_least_one
 
 @dataclass(frozen=True)
 class Schedule:
-    """Points of a training run; a probe is due at any of them.
-
-    Args:
-        every_n_steps: optimizer steps between points.
-        at_steps: single optimizer steps.
-        growth: geometric points, 1, 2, ... steps and then each about ``growth`` times the last.
-        every_n_epochs: training epochs between points.
-        every_n_tokens: tokens trained on between points, over all ranks, padding left out.
-
-    Raises:
-        ValueError: for an interval or a step below 1, or a growth not above 1.
-    """
+    """Points of a training run, at any of which a probe is due; options as ``ProbingCallback`` has them."""
 
     every_n_steps: int | None = None
     at_steps: Sequence[int] = ()
@@ -65,11 +54,7 @@ class Schedule:
 
 
 def tokens_of(batch: Any) -> int:
-    """Tokens of a training batch: of its ``attention_mask``, or all ``input_ids`` without one.
-
-    Raises:
-        ValueError: if the batch has neither.
-    """
+    """Tokens of a batch: of its ``attention_mask``, or all ``input_ids``; a ``ValueError`` without either."""
     if isinstance(batch, Mapping):
         for key in ("attention_mask", "input_ids"):
             if isinstance(value := batch.get(key), Tensor):
@@ -79,14 +64,7 @@ def tokens_of(batch: Any) -> int:
 
 
 class Budget:
-    """Share of the training time that evaluations take, and whether one more fits.
-
-    Args:
-        max_overhead: largest share allowed, above 0 and up to 1; ``None`` for no limit.
-
-    Raises:
-        ValueError: for a ``max_overhead`` outside that range.
-    """
+    """Share of the training time that evaluations take, and whether one more fits into ``max_overhead`` of it."""
 
     def __init__(self, max_overhead: float | None = None) -> None:
         if max_overhead is not None and not 0 < max_overhead <= 1:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mir_lightning.callbacks import figures
 from mir_lightning.callbacks.base import ProbingCallback
-from mir_lightning.callbacks.loops import Table
+from mir_lightning.callbacks.loops import Drawing
 from mir_lightning.functional.checks import check_at_least_one, check_choice
 from mir_lightning.metrics.sds import SoftDiscriminationScore
 from mir_lightning.probing.choices.evaluate import ChoiceResult, evaluate_choices
 from mir_lightning.probing.choices.probe import ChoiceProbe, made_of
 from mir_lightning.probing.choices.scores import Score
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _LEVELS = ("", "_abilities/", "_tasks/", "_parts/")  # of the breakdown: no name is the folder of another
 
@@ -85,7 +82,7 @@ class SDSCallback(ProbingCallback):
         """Whether candidates continued from a shared cache."""
         return {"shared_prefix": result.shared_prefix}
 
-    def draw(self, result: ChoiceResult, step: int) -> tuple[dict[str, Figure], Table]:
+    def draw(self, result: ChoiceResult, step: int) -> Drawing:
         """The abilities over all steps."""
         steps = [point["step"] for point in self.history]
         curves = {

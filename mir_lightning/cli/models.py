@@ -18,12 +18,7 @@ from mir_lightning.llava.model import saving
 
 
 def load_model(source: str, options: ModelOptions) -> nn.Module:
-    """The model at ``source``: a folder or hub id, an adapter's folder, or the recipe's Lightning checkpoint.
-
-    Raises:
-        ValueError: if ``source`` is none of them, is damaged, or lacks weights or holds others.
-        OSError: if nothing can be loaded from it.
-    """
+    """The model at ``source``: a folder or hub id, an adapter's folder, or the recipe's Lightning checkpoint."""
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if options.device == "auto" else options.device)
@@ -58,11 +53,7 @@ def _check_adapter(model: PeftModel, source: str) -> None:
 
 
 def base_of_adapter(source: str) -> str | None:
-    """The base model that an adapter's folder names; ``None`` if ``source`` is no such folder.
-
-    Raises:
-        ValueError: if it names none.
-    """
+    """The base model that an adapter's folder names, a ``ValueError`` without; ``None`` of any other folder."""
     config = Path(source) / "adapter_config.json"
     if not config.is_file():
         return None

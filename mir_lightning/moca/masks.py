@@ -90,11 +90,7 @@ class MaskTracker:
             handle.remove()
 
     def current(self) -> Tensor | None:
-        """The mask, bool ``[B, S]``, of the innermost forward under way; None if it has nothing to calibrate.
-
-        Raises:
-            ValueError: if no mask is known.
-        """
+        """Bool ``[B, S]`` of the innermost forward, None if nothing is calibrated; a ``ValueError`` if unknown."""
         call = self._innermost()
         if call is not None and call.idle:
             return None

@@ -14,22 +14,13 @@ from mir_lightning.vlm import TokenMasks
 
 
 class MaskedBatches:
-    """Inputs and masks of every batch of a probe.
-
-    Args:
-        probe: the probe, or its batches.
-        masks: of each of its batches.
-        halvings: how often each batch is cut in two, down to single samples.
-
-    Attributes:
-        parts: of each part, the batch it is cut from and its samples there.
-    """
+    """Inputs and masks of every batch of a probe, each cut in two ``halvings`` times, down to single samples."""
 
     def __init__(self, probe: Probe | Sequence[Batch], masks: Sequence[TokenMasks], halvings: int = 0) -> None:
         self.probe = probe
         self.masks = masks
         self.halvings = halvings
-        self.parts: list[tuple[int, slice]] = []
+        self.parts: list[tuple[int, slice]] = []  # of each, the batch it is cut from and its samples there
         for index, mask in enumerate(masks):
             samples = len(mask.vision)
             size = max(1, -(-samples // 2**halvings))

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -187,26 +188,20 @@ def evaluate_mir(
     whole = MaskedBatches(probe, masks)
     sources: dict[str, SourceMIR] = {}
 
+    fit = partial(fit_into_memory, smaller=MaskedBatches.halved)
+
     def read(part: MaskedBatches, title: str | None) -> _Reading:
-        return fit_into_memory(
-            lambda batches: _Reading(network, variant, rank_order, sample_layer, distributed, title).of(batches),
-            part,
-            MaskedBatches.halved,
+        return fit(
+            lambda part: _Reading(network, variant, rank_order, sample_layer, distributed, title).of(part), part
         )
 
     with leave_no_trace(network.model):
-        checked = check and fit_into_memory(
-            lambda batches: _mask_is_right(network, batches, distributed), whole, MaskedBatches.halved
-        )
+        checked = check and fit(lambda part: _mask_is_right(network, part, distributed), whole)
         reading = read(whole, progress)
         breakdown, loss = reading.metric.compute_breakdown(), reading.loss()
         influence = None
         if interval:
-            influence = fit_into_memory(
-                lambda batches: _influence(network, reading.metric, batches, distributed, progress),
-                whole,
-                MaskedBatches.halved,
-            )
+            influence = fit(lambda part: _influence(network, reading.metric, part, distributed, progress), whole)
         for name, batches in probe.by_source().items():
             if any(masks[index].vision.any() for index in batches):
                 part = MaskedBatches(probe.part(batches), [masks[index] for index in batches])
@@ -214,12 +209,8 @@ def evaluate_mir(
                 sources[name] = SourceMIR(of_source.metric.compute().item(), of_source.loss())
     if check and not checked:
         warnings.warn(UncheckedMaskWarning(_NOTHING_MOVED), stacklevel=2)
-    by_layer = {
-        name: torch.stack([getattr(layer, name).cpu() for layer in breakdown])
-        for name in LayerDistance._fields
-        if name not in ("tokens", "robust")
-    }
-    robust_layers = torch.stack([layer.robust.cpu() for layer in breakdown])
+    by_layer = {name: torch.stack([getattr(d, name).cpu() for d in breakdown]) for name in LayerDistance._fields}
+    robust_layers, _ = by_layer.pop("robust"), by_layer.pop("tokens")
     return MIRResult(
         mir=reading.metric.compute().item(),
         layers=by_layer["mean_gap"] + by_layer["cov_gap"],

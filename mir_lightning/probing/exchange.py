@@ -27,11 +27,6 @@ class Exchange:
     frequent picture has samples, so that a text meets its own picture only where that is of more than half of
     them.
 
-    Args:
-        network: the model that the probe is for.
-        probe: its batches have ``labels`` ``[B, S]``, and perhaps ``source``, a list of B names.
-        seed: of the order.
-
     Attributes:
         arms: the batches as they are, and exchanged.
         sizes: number of samples in each batch.
@@ -40,10 +35,6 @@ class Exchange:
         paired: whether a sample with picture and labels meets another picture (where all are alike: another
             sample's), bool ``[N]``.
         sources: where each sample is from, if its batch says so.
-
-    Raises:
-        ValueError: for labels, masks or sources that do not fit, or if no sample has labels, or a picture, or
-            another picture to see.
     """
 
     def __init__(self, network: Network, probe: Probe, seed: int) -> None:
@@ -139,12 +130,7 @@ class Exchange:
 
 def _pixels(batch: Batch) -> list[Tensor]:
     found: list[Tensor] = []
-
-    def keep(pixels: Tensor) -> Tensor:
-        found.append(pixels)
-        return pixels
-
-    map_pixels(batch, keep)
+    map_pixels(batch, found.append)
     return found
 
 

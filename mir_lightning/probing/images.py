@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # none that runs a program
 _WHITE = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535}  # of modes with more than 8 bits
+_LEAST_SIDE, _MOST_PIXELS = 2, 100_000_000  # a single pixel stands for a dead link; more may be a bomb
 
 
 class UnreadableImageError(ValueError):
     """A picture that cannot be used; says which and why."""
 
 
-def read_image(
-    source: str | Path | BytesIO, name: str | None = None, min_side: int = 2, max_pixels: int = 100_000_000
-) -> Image.Image:
+def read_image(source: str | Path | BytesIO, name: str | None = None) -> Image.Image:
     """An RGB picture, as a viewer shows it: turned as its EXIF says, and 16 bits or floats scaled by their range.
 
     CMYK, palette, grey and transparent pictures are converted. Whole numbers of more than 8 bits run from 0 to
@@ -32,8 +31,6 @@ def read_image(
     Args:
         source: a regular file, or its contents.
         name: what to call it in errors; its path when None.
-        min_side: smaller ones, such as the single pixels that stand for dead links, are refused.
-        max_pixels: larger ones are refused before they are decoded: they may be decompression bombs.
 
     Raises:
         UnreadableImageError: if the file is missing, empty, broken, cut off, no regular file, of a format that is
@@ -47,9 +44,11 @@ def read_image(
             regular_file(source)
         Image.init()
         with Image.open(source, formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
-            if image.width * image.height > max_pixels:
-                raise UnreadableImageError(f"{name}: {image.width} x {image.height} pixels, above {max_pixels:,}")
-            if min(image.size) < min_side:
+            if image.width * image.height > _MOST_PIXELS:
+                raise UnreadableImageError(
+                    f"{name}: {image.width} x {image.height} pixels, above {_MOST_PIXELS:,}"
+                )
+            if min(image.size) < _LEAST_SIDE:
                 raise UnreadableImageError(f"{name}: {image.width} x {image.height} pixels, too small")
             return as_viewed(image)
     except UnreadableImageError:

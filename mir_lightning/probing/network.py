@@ -181,9 +181,9 @@ class Network:
 
         with ExitStack() as hooks:
             for block in tuple(places):
-                hooks.callback(block.register_forward_hook(lambda m, _a, out: after_layer(m, out)).remove)
+                hooks.enter_context(block.register_forward_hook(lambda m, _a, out: after_layer(m, out)))
             for norm in self.decoder.norms:
-                hooks.callback(norm.register_forward_hook(lambda _m, _a, out: after_norm(out)).remove)
+                hooks.enter_context(norm.register_forward_hook(lambda _m, _a, out: after_norm(out)))
             output = self.run(inputs)
         if not final:
             raise ValueError(f"{self._chosen}the decoder's last layer did not run in the model's forward pass.")
@@ -255,13 +255,10 @@ class Network:
         assert self.decoder is not None
         layer, seen = self.decoder.layers[0], []
         name = next(iter(inspect.signature(layer.forward).parameters))
-        handle = layer.register_forward_pre_hook(
+        with layer.register_forward_pre_hook(
             lambda _m, args, kwargs: seen.append((args[0] if args else kwargs[name]).detach()), with_kwargs=True
-        )
-        try:
+        ):
             self.run(inputs)
-        finally:
-            handle.remove()
         if not seen:
             raise ValueError(f"{self._chosen}the decoder's first layer did not run in the model's forward pass.")
         return seen[0]
@@ -311,10 +308,10 @@ def _warn_of_sink(fingerprint: str) -> None:
     )
 
 
-def map_pixels(inputs: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def map_pixels(inputs: Mapping[str, Any], change: Callable[[Tensor], Any]) -> dict[str, Any]:
     """Inputs with their pixels changed: every floating-point or uint8 tensor but masks and embeddings."""
 
-    def change_pixels(value: Tensor) -> Tensor:
+    def change_pixels(value: Tensor) -> Any:
         return change(value) if value.is_floating_point() or value.dtype == torch.uint8 else value
 
     return {

@@ -170,11 +170,7 @@ def batch_digest(batch: Batch) -> bytes:
 
 
 def _add_contents(digest: Any, key: str, value: Any) -> None:
-    """Add an entry to a digest by its contents, whatever it is made of.
-
-    Raises:
-        TypeError: for a value whose contents are not known; it names the key.
-    """
+    """Add an entry to a digest by its contents; a ``TypeError`` that names the key where those are not known."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         digest.update(f"array:{key}:{value.dtype}:{list(value.shape)}:".encode() + value.tobytes())
         return

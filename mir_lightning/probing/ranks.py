@@ -97,11 +97,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def fit_into_memory(run: Callable[[S], T], size: S, smaller: Callable[[S], S | None]) -> T:
-    """What ``run`` gives for ``size``, or for the first of ``smaller`` and smaller ones that fits.
-
-    Raises:
-        torch.OutOfMemoryError: if there is none smaller.
-    """
+    """What ``run`` gives for ``size``, or for the first smaller one that fits, else an ``OutOfMemoryError``."""
     while True:
         try:
             return run(size)

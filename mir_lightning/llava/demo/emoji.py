@@ -185,13 +185,11 @@ def scene_items(per_task: int = 60, seed: int = 0, things: int = len(THINGS)) ->
     return items
 
 
-def scene_few_shot(
-    per_task: int = 60, seed: int = 0, things: int = len(THINGS)
-) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
+def scene_few_shot(per_task: int = 60, things: int = len(THINGS)) -> tuple[list[ChoiceItem], list[ChoiceItem]]:
     """What is to be answered, and examples: see :func:`~mir_lightning.llava.demo.questions.shapes_few_shot`."""
     return (
-        [*_captions("held_out", per_task, seed, things), *short_answers(scene_items(per_task, seed, things))],
-        [*_captions("train", 60, seed, things), *short_answers(scene_items(12, seed + 1, things))],
+        [*_captions("held_out", per_task, 0, things), *short_answers(scene_items(per_task, 0, things))],
+        [*_captions("train", 60, 0, things), *short_answers(scene_items(12, 1, things))],
     )
 
 
@@ -217,13 +215,8 @@ _ANSWERS: dict[str, tuple[str, ...]] = {
     "place": tuple(PLACES),
     "comparison": ("first", "second"),
 }
-_ABILITIES = {
-    "identity": "perception",
-    "category": "perception",
-    "count": "perception",
-    "place": "reasoning",
-    "comparison": "reasoning",
-}
+_ABILITIES = dict.fromkeys(("identity", "category", "count"), "perception")
+_ABILITIES |= dict.fromkeys(("place", "comparison"), "reasoning")
 
 
 def first_things(count: int) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Mixtures of experts in the LLM: what their routers say, and the losses that keep them in balance."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,12 +63,10 @@ def recording(routers: Iterable[Router]) -> Iterator[list[Tensor]]:
     def keep(which: int, module: nn.Module, args: Any, output: Any) -> None:
         logits.append(output[which] if isinstance(output, tuple) else output)
 
-    handles = [router.module.register_forward_hook(partial(keep, router.output)) for router in routers]
-    try:
+    with ExitStack() as hooks:
+        for router in routers:
+            hooks.enter_context(router.module.register_forward_hook(partial(keep, router.output)))
         yield logits
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def router_losses(logits: Sequence[Tensor], top_k: int, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,10 +100,6 @@ def load_processor(place: str) -> Any:
     """The processor that lies with a model or, of a ``.ckpt``, in an export of its run.
 
     Where its video part cannot be built, for want of torchvision, it serves images without it.
-
-    Raises:
-        ValueError: if there is none, or it is damaged.
-        ImportError: if it needs a library that is not installed.
     """
     with naming(place), naming(found := _processor_place(place)):
         try:

@@ -8,11 +8,7 @@ from mir_lightning.llava.model.resolution import made_size
 
 
 def tile_grids(tiles: int, image_size: int) -> list[list[int]]:
-    """Heights and widths of all rectangles of at most ``tiles`` tiles; a picture takes the one that fits it best.
-
-    Raises:
-        ValueError: for fewer than two tiles.
-    """
+    """Sizes of all rectangles of so many tiles at most; a picture takes the best. A ``ValueError`` below 2."""
     if tiles < 2:
         raise ValueError(f"model.tiles must be 2 or more, got {tiles}.")
     sides = range(1, tiles + 1)

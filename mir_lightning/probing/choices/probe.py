@@ -138,11 +138,7 @@ class ChoiceProbe:
         return digest.hexdigest()
 
     def encode(self, items: Sequence[ChoiceItem]) -> EncodedChoices:
-        """Token ids of items with equally many images, and what the processor makes of their prompts.
-
-        Raises:
-            ValueError: for a candidate that adds no token to its prompt.
-        """
+        """Items of equally many images, for a model; a ``ValueError`` for a candidate without a token."""
         texts = [self._text(item) for item in items]
         images = [[open_image(source) for source in item.images] for item in items]
         inputs = self._process(texts, images)

@@ -41,11 +41,7 @@ class CandidateScorer:
         self._logits_dtype = torch.float32
 
     def shared(self, items: Sequence[ChoiceItem]) -> list[Tensor]:
-        """Scores ``[candidates]`` by item: one forward for the prompts, one for the rest of all candidates.
-
-        Raises:
-            ValueError: if the model gives no cache that holds the prompt.
-        """
+        """Scores ``[candidates]`` by item: one forward for the prompts, one for the rest of all candidates."""
         encoded = self.probe.encode(items)
         lengths = encoded.shared()
         width = max(lengths)
@@ -219,8 +215,5 @@ def _decoder_positions(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         if isinstance(given := options.get("position_ids"), Tensor):
             seen.append(given)
 
-    handle = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with model.get_decoder().register_forward_pre_hook(look, with_kwargs=True):
         yield seen
-    finally:
-        handle.remove()
