@@ -139,9 +139,7 @@ class ProbingTrainerCallback(TrainerCallback):
                 f"metric_for_best_model={wanted!r} is best at its {probing.best}imum: give the TrainingArguments "
                 f"greater_is_better={probing.best == 'max'}."
             )
-        handler = (
-            loop.trainer.callback_handler
-        )  # before what looks for the monitored values, early stopping for one
+        handler = loop.trainer.callback_handler  # to come before what looks for the monitored values
         others = [callback for callback in handler.callbacks if callback is not self]
         handler.callbacks = [self, *others]  # a new list: the handler is in the middle of this one
         self._training = True
