@@ -108,6 +108,7 @@ def test_targets_and_extras_exist(page, words):
         assert set(named) <= set(metadata("mir-lightning").get_all("Provides-Extra"))
 
 
+@pytest.mark.slow
 def test_the_sweep_runs_what_composes(recipe, capsys):
     """Every value of W&B's sweep, written as its agent writes arguments."""
     page = (ROOT / "docs/sweeps.md").read_text()

@@ -176,6 +176,7 @@ class BuiltInTheProcess(Pretraining):
         self.vlm = tiny_llava(dropout=0.1)
 
 
+@pytest.mark.slow
 def test_ddp_spawn(tmp_path):
     callback = MIRCallback(Probe(_batches(3)), every_n_steps=2, at_end=False)
     trainer, _ = fit(

@@ -239,6 +239,7 @@ def test_operations_are_counted_by_patches_before_the_connector_and_by_tokens_be
     assert ours == pytest.approx(counter.get_total_flops() * valid / batch["input_ids"].numel(), rel=0.15)
 
 
+@pytest.mark.slow
 def test_the_packaged_model_takes_them():
     source = ModelSource(connector="c_abstractor", visual_tokens=9, image_size=128)  # of 16 patches
     processor = build_processor(source)

@@ -24,6 +24,7 @@ def model():
     return weights.build_packaged_llava().eval()
 
 
+@pytest.mark.slow
 def test_the_packaged_llm_knows_the_capital_of_france(model):
     tokenizer = weights.build_packaged_processor().tokenizer
     prompt = tokenizer("The capital of France is", return_tensors="pt")
@@ -31,6 +32,7 @@ def test_the_packaged_llm_knows_the_capital_of_france(model):
     assert tokenizer.decode(generated[0]).endswith(" Paris")
 
 
+@pytest.mark.slow
 def test_the_packaged_vision_encoder_tells_pictures_apart(model):
     pixels = _batch(weights.build_packaged_processor(), range(3))
     with torch.no_grad():
@@ -39,6 +41,7 @@ def test_the_packaged_vision_encoder_tells_pictures_apart(model):
     assert (features[0] - features[1]).abs().mean() > 0.05
 
 
+@pytest.mark.slow
 def test_save_and_load_give_bit_equal_logits_in_a_new_process(model, tmp_path):
     """With nothing imported but the package: `import mir_lightning.llava.demo.weights` registers the encoder."""
     processor = weights.build_packaged_processor()

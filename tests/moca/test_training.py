@@ -165,6 +165,7 @@ def test_autocast_and_half_precision_models(dtype):
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 def test_compiled_model():
     """One compiled model on several masks, with gradients."""
     torch._dynamo.reset()

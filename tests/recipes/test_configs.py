@@ -79,7 +79,10 @@ def _two_steps(recipe, tmp_path, weights, *configs, model="llava15_7b", after=()
     recipe.main(["fit", *(part for file in files for part in ("--config", str(file)))])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule",
+    [pytest.param(s, marks=pytest.mark.slow if s not in ("lora", "unfrozen_llm") else ()) for s in SCHEDULES],
+)
 def test_two_steps_of_every_schedule(recipe, tmp_path, weights, capsys, schedule):
     configs = [CONFIGS / "models" / "llava15_7b.yaml", CONFIGS / "schedules" / f"{schedule}.yaml"]
     _two_steps(recipe, tmp_path, weights, *configs)
@@ -88,7 +91,8 @@ def test_two_steps_of_every_schedule(recipe, tmp_path, weights, capsys, schedule
     assert (tmp_path / "run" / "model" / "adapter").is_dir() == (schedule == "lora")
 
 
-@pytest.mark.parametrize("experts", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [False, True])
 def test_two_steps_of_mm1_at_its_published_shapes(recipe, tmp_path, weights, experts):
     """378 pixels, 144 tokens of a C-Abstractor, packed rows of 4,096, everything unfrozen; 64 experts."""
     vision = {**VISION, "num_hidden_layers": 2, "patch_size": 14, "image_size": 28}

@@ -38,7 +38,8 @@ def _recipe(*arguments, cwd=ROOT):
     )
 
 
-@pytest.mark.parametrize("config", [DEMO, pytest.param(UNFROZEN, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [DEMO, UNFROZEN])
 def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, config):
     override = tmp_path / "more.yaml"
     override.write_text(yaml.safe_dump({"trainer": {"precision": "32-true", "default_root_dir": "elsewhere"}}))
@@ -74,6 +75,7 @@ def test_two_steps_leave_table_pictures_numbers_and_a_loadable_model(tmp_path, c
     assert AutoProcessor.from_pretrained(tmp_path / named["model"]).image_token_id == model.config.image_token_id
 
 
+@pytest.mark.slow
 def test_a_family_with_a_video_processor_is_trained_and_saved_without_torchvision(tmp_path):
     build_packaged_processor().save_pretrained(tmp_path / "tokens")
     save_qwen2_vl(tmp_path / "vlm", tmp_path / "tokens")

@@ -57,7 +57,8 @@ def test_two_processes_give_the_curve_of_one_through_a_change_of_stage(tmp_path,
         torch.testing.assert_close(tensor, models[1][name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_that_are_preempted_in_the_second_stage_go_on(tmp_path, vlm, alone, strategy):
     config = _config(vlm, tmp_path, 2, strategy, (4, "SIGTERM"))
     preempted = _start(tmp_path, config)

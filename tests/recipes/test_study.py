@@ -165,6 +165,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(small_study, tmp_path, m
     assert [row["run"] for row in read_table(root / "study.csv")] == ["base-0"]
 
 
+@pytest.mark.slow
 def test_controls_spoil_training_alone(small_study, tmp_path, monkeypatch):
     """What is made loud is the base made loud; a model that learns MIR has a lower one, and not the texts."""
     kept = {}
