@@ -202,7 +202,7 @@ def permutation_p(x: Tensor, y: Tensor, design: Design, stratified: bool) -> flo
         stratified: whether only configurations of one factor are exchangeable; the base then stays, too.
     """
     ranks_x, ranks_y = (signs.sum(dim=1) / design.together.sum(dim=1) for signs in (x, y))
-    generator = torch.Generator().manual_seed(0)  # of 9999
+    generator = torch.Generator().manual_seed(0)
     blocks: dict[tuple[int, int], list[Tensor]] = {}
     for configuration in design.configuration.unique():
         rows = (design.configuration == configuration).nonzero().flatten()
