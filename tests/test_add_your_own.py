@@ -70,6 +70,7 @@ def test_a_logger(tmp_path):
     fit(tmp_path, [MIRCallback(Probe([tiny_batch(seed=100)]), 3)], logger=logger)
     assert [row["step"] for row in logger.rows if "mir" in row] == [0, 3, 6]
     assert {f"mir_media/{name}" for name in ("overview", "layers", "heatmap", "tokens")} == set(logger.pictures)
+    assert all(picture.startswith(b"\x89PNG") for picture in logger.pictures.values())
 
 
 def test_a_source(tiny_processor):

@@ -25,6 +25,7 @@ from mir_lightning.vlm import find_entrance
 OnError = Literal["warn", "raise"]
 
 _STATE_VERSION = 4
+_SECONDS_OF_FILES = 60.0  # how old the PNG files may grow where no logger shows pictures
 _NO_POINT: dict[str, Any] = {
     **{"history": [], "monitored": {}, "last_step": None},
     **{"tokens": 0, "train_seconds": 0.0, "probe_seconds": 0.0},
@@ -123,6 +124,8 @@ class ProbingCallback(pl.Callback, ABC):
         self._tokens_of_step = 0
         self.last_monitored: dict[str, float] = {}
         self._warned: set[str] = set()
+        self._drawn_at = 0.0
+        self._undrawn: tuple[Any, int] | None = None
 
     @property
     def last_seconds(self) -> float | None:
@@ -198,6 +201,7 @@ class ProbingCallback(pl.Callback, ABC):
     def start(self, loop: Loop) -> None:
         """Step 0; on resume, the last point, and one that the interrupted run was due but did not reach."""
         self.budget.start()
+        self._drawn_at, self._undrawn = time.monotonic(), None
         loop.monitor(self.last_monitored)
         self._stepped = step = loop.step
         if (self.at_start and step == 0) or (step and self.schedule.due_at_step(step)):
@@ -222,6 +226,8 @@ class ProbingCallback(pl.Callback, ABC):
         """Last step."""
         if self.at_end:
             self.evaluate(loop)
+        if self._undrawn is not None:
+            self._try(loop, partial(self._draw, loop, *self._undrawn))
 
     def _affordable(self, loop: Loop) -> bool:
         """Whether one more evaluation like the last keeps within ``max_overhead``; the first rank decides."""
@@ -258,15 +264,18 @@ class ProbingCallback(pl.Callback, ABC):
         for alarm in (found := self._alarms()):
             rank_zero_warn(f"{self.name}: {alarm.message}")
             values[f"{self.name}_alarms/{alarm.name}"] = self.history[-1][f"{self.name}_alarms/{alarm.name}"] = 1.0
-        reports: list[Callable[[], None]] = [lambda: loop.log(values), lambda: self._draw(loop, result)]
-        reports += [partial(loop.alert, f"{self.name}: {alarm.name}", alarm.message) for alarm in found]
-        for report in reports:
-            try:
-                report()
-            except Exception as error:
-                self._warn_or_raise(
-                    f"{self.label} of step {loop.step} could not be logged everywhere: {error}", error
-                )
+        self._try(loop, partial(loop.log, values))
+        self._undrawn = (result, loop.step)
+        if loop.shows_pictures or time.monotonic() - self._drawn_at >= _SECONDS_OF_FILES:
+            self._try(loop, partial(self._draw, loop, result, loop.step))
+        for alarm in found:
+            self._try(loop, partial(loop.alert, f"{self.name}: {alarm.name}", alarm.message))
+
+    def _try(self, loop: Loop, report: Callable[[], None]) -> None:
+        try:
+            report()
+        except Exception as error:
+            self._warn_or_raise(f"{self.label} of step {loop.step} could not be logged everywhere: {error}", error)
 
     def points(self) -> list[dict[str, float]]:
         """The readings of all probing callbacks of the loop, by step."""
@@ -277,8 +286,9 @@ class ProbingCallback(pl.Callback, ABC):
         before = {key.partition("_alarms/")[2] for c in self.siblings for row in c.history for key in row}
         return [alarm for alarm in alarms.raised(self.points()) if alarm.name not in before]
 
-    def _draw(self, loop: Loop, result: Any) -> None:
-        if loop.first and (drawn := self.draw(result, loop.step)) is not None:
+    def _draw(self, loop: Loop, result: Any, step: int) -> None:
+        self._drawn_at, self._undrawn = time.monotonic(), None
+        if loop.first and (drawn := self.draw(result, step)) is not None:
             loop.log_media(self.name, *drawn)
 
     def _warn_or_raise(self, message: str, error: Exception) -> None:

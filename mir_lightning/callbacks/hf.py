@@ -39,6 +39,7 @@ class TrainerLoop(Loop):
         self.first = trainer.is_world_process_zero()
         self.callbacks = [getattr(other, "probing", other) for other in trainer.callback_handler.callbacks]
         self.shows_bars = self.first and not trainer.args.disable_tqdm
+        self.shows_pictures = self._wandb_run is not None
 
     def from_first(self, value: T) -> T:
         shared = [value]
@@ -72,21 +73,27 @@ class TrainerLoop(Loop):
         Trainer.log(self.trainer, dict(values))
         self.trainer.control.should_log = row_is_due  # logging took it for the trainer's own row
 
-    def alert(self, title: str, message: str) -> None:
-        if self.first and "wandb" in (self.trainer.args.report_to or ()):
-            import wandb
+    @property
+    def _wandb_run(self) -> Any:
+        """The run in which the Trainer logs, where it logs to W&B."""
+        if "wandb" not in (self.trainer.args.report_to or ()):
+            return None
+        import wandb
 
-            if wandb.run is not None:
-                wandb.run.alert(title, message, level="WARN")
+        return wandb.run
+
+    def alert(self, title: str, message: str) -> None:
+        if self.first and (run := self._wandb_run) is not None:
+            run.alert(title, message, level="WARN")
 
     def log_media(self, name: str, figures: loggers.Figures, table: Table) -> None:
-        loggers.save_figures(Path(self.trainer.args.output_dir or ".") / f"{name}_media", figures)
-        if "wandb" in (self.trainer.args.report_to or ()):
+        folder = Path(self.trainer.args.output_dir or ".") / f"{name}_media"
+        pictures = loggers.save_figures(folder, figures)
+        if (run := self._wandb_run) is not None:
             import wandb
 
-            if wandb.run is not None:
-                media = {f"{name}_media/{key}": wandb.Image(figure) for key, figure in figures.items()}
-                wandb.log({**media, "train/global_step": self.step})
+            media = {f"{name}_media/{key}": wandb.Image(str(file)) for key, file in pictures.items()}
+            run.log({**media, "train/global_step": self.step})
 
 
 class ProbingTrainerCallback(TrainerCallback):

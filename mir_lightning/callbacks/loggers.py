@@ -3,9 +3,9 @@
 A logger that is not registered gets the numbers alone. To add one::
 
     @log_media.register
-    def _(logger: MLFlowLogger, prefix, figures, table, step):
-        for key, figure in figures.items():
-            logger.experiment.log_figure(logger.run_id, figure, f"{prefix}/{key}_{step}.png")
+    def _(logger: MLFlowLogger, prefix, pictures, table, step):
+        for key, file in pictures.items():
+            logger.experiment.log_artifact(logger.run_id, str(file), f"{prefix}/{step}")
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Figures = Mapping[str, "Figure"]
+Pictures = Mapping[str, Path]
 
 
 def for_each(loggers: Iterable[Logger], log: Callable[[Logger], None]) -> None:
@@ -44,22 +46,30 @@ def check_source(name: str) -> None:
 
 @singledispatch
 def log_media(
-    logger: Logger, prefix: str, figures: Figures, table: tuple[list[str], Sequence[Sequence[Any]]], step: int
+    logger: Logger, prefix: str, pictures: Pictures, table: tuple[list[str], Sequence[Sequence[Any]]], step: int
 ) -> None:
-    """Show figures, by name below ``prefix``, and a table (columns and rows) at a step."""
+    """Show PNG files by name below ``prefix``, which the next point overwrites, and a table (columns, rows)."""
+
+
+def shows_media(logger: Logger) -> bool:
+    """Whether :func:`log_media` does anything for it."""
+    return log_media.dispatch(type(logger)) is not log_media.dispatch(object)
 
 
 @log_media.register
-def _(logger: WandbLogger, prefix: str, figures: Any, table: Any, step: int) -> None:
-    for key, figure in figures.items():
-        logger.log_image(f"{prefix}/{key}", [figure], step=step)
+def _(logger: WandbLogger, prefix: str, pictures: Any, table: Any, step: int) -> None:
+    for key, file in pictures.items():
+        logger.log_image(f"{prefix}/{key}", [str(file)], step=step)
     logger.log_table(f"{prefix}/table", columns=table[0], data=table[1], step=step)
 
 
 @log_media.register
-def _(logger: TensorBoardLogger, prefix: str, figures: Any, table: Any, step: int) -> None:
-    for key, figure in figures.items():
-        logger.experiment.add_figure(f"{prefix}/{key}", figure, global_step=step)
+def _(logger: TensorBoardLogger, prefix: str, pictures: Any, table: Any, step: int) -> None:
+    from PIL import Image
+
+    for key, file in pictures.items():
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        logger.experiment.add_image(f"{prefix}/{key}", pixels, global_step=step, dataformats="HWC")
 
 
 @singledispatch
@@ -101,11 +111,13 @@ def _(logger: WandbLogger) -> list[str]:
     return [f"W&B run     {run}", f"            upload it: wandb sync {run}"]
 
 
-def save_figures(folder: Path, figures: Figures) -> None:
+def save_figures(folder: Path, figures: Figures) -> Pictures:
     """Write each as a PNG file, over the last one."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = {key: folder / f"{key}.png" for key in figures}
     for key, figure in figures.items():
-        figure.savefig(folder / f"{key}.png")
+        figure.savefig(files[key])
+    return files
 
 
 def picture_folder(trainer: pl.Trainer, name: str = "mir") -> Path:

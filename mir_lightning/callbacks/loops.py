@@ -32,6 +32,7 @@ class Loop(ABC):
         first: whether this is the first of them.
         callbacks: what else is in the loop, probing callbacks as they are.
         shows_bars: whether the loop shows progress bars here.
+        shows_pictures: whether one of its loggers shows them; PNG files are written in any case.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Loop(ABC):
     first: bool
     callbacks: Sequence[Any]
     shows_bars: bool
+    shows_pictures: bool
 
     @abstractmethod
     def from_first(self, value: T) -> T:
@@ -67,7 +69,7 @@ class Loop(ABC):
 
     @abstractmethod
     def log_media(self, name: str, figures: loggers.Figures, table: Table) -> None:
-        """Pictures and a table to every logger that shows them, and PNG files; for the first rank."""
+        """PNG files, which with a table go to every logger that shows them; for the first rank."""
 
     @abstractmethod
     def alert(self, title: str, message: str) -> None:
@@ -90,6 +92,7 @@ class LightningLoop(Loop):
         self.callbacks = trainer.callbacks  # type: ignore[attr-defined]
         bar = trainer.progress_bar_callback
         self.shows_bars = self.first and bar is not None and getattr(bar, "is_enabled", True)
+        self.shows_pictures = any(map(loggers.shows_media, trainer.loggers))
 
     def from_first(self, value: T) -> T:
         return self.trainer.strategy.broadcast(value)
@@ -122,10 +125,10 @@ class LightningLoop(Loop):
     def log_media(self, name: str, figures: loggers.Figures, table: Table) -> None:
         if getattr(self.trainer, "fast_dev_run", False) or self.trainer.barebones:
             return
-        loggers.save_figures(loggers.picture_folder(self.trainer, name), figures)
+        pictures = loggers.save_figures(loggers.picture_folder(self.trainer, name), figures)
         loggers.for_each(
             self.trainer.loggers,
-            lambda logger: loggers.log_media(logger, f"{name}_media", figures, table, self.step),
+            lambda logger: loggers.log_media(logger, f"{name}_media", pictures, table, self.step),
         )
 
     def alert(self, title: str, message: str) -> None:

@@ -1,6 +1,7 @@
 """MM1's ablations at the scale of two CPU cores: connector, visual tokens, resolution, mixture.
 
     python -m tests.benchmarks.mm1 runs/mm1 [--steps 200] [--seeds 0 1 2] [--share 1/2] [--only NAME ...]
+        [--precision bf16-mixed]
 
 trains small LLaVAs from random weights, all parts at once, on drawn shapes, with the options of the recipe, and
 reads the finished models on one held-out probe: loss, image gain, MIR, SDS by ability. What is done already is not
@@ -37,7 +38,8 @@ ABLATIONS = {
         {"connector": "avg_pool"},
         {"connector": "attention_pool"},
         {"connector": "resampler"},
-        {"connector": "mlp", "visual_tokens": None},
+        {"connector": "pixel_shuffle"},
+        *({"connector": name, "visual_tokens": None} for name in ("mlp", "linear", "mlp_norm")),
     ],
     "visual tokens": [{"visual_tokens": n} for n in (1, 9, 36)],
     "resolution": [{"image_size": n} for n in (24, 48, 72)],
@@ -68,8 +70,9 @@ def save_parts(root):
         part.save_pretrained(root / "llm")
 
 
-def config(root, folder, seed, steps, connector, visual_tokens, image_size, weights):
+def config(options, folder, seed, connector, visual_tokens, image_size, weights):
     """Of a run of the recipe."""
+    root, steps = options.root, options.steps
     parts = [{"module": part, "lr": 1e-3} for part in ("vision", "projector", "llm")]
     sources = [
         {"name": kind, "weight": weight, "source": {"class_path": "Shapes", "init_args": {"kind": kind}}}
@@ -81,6 +84,7 @@ def config(root, folder, seed, steps, connector, visual_tokens, image_size, weig
         "trainer": {
             **{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "gradient_clip_val": 1.0, "logger": False},
             **{"default_root_dir": str(folder), "enable_progress_bar": False, "enable_model_summary": False},
+            "precision": options.precision,
         },
         "model": {
             **{"llm": str(root / "llm"), "vision": str(root / "vision"), "feature_layer": -1},
@@ -146,16 +150,13 @@ def readings(folder):
     }
 
 
-def run(root, options, setting, seed):
+def run(options, setting, seed):
     """Train and read, unless that is done already."""
-    name = "_".join(str(value) for value in setting.values()).replace(" ", "")
-    done = root / f"{name}_{options.steps}_{seed}.json"
-    if done.exists():
+    values = [*setting.values(), options.precision, options.steps, seed]
+    folder = options.root / "_".join(str(value) for value in values).replace(" ", "")
+    if (done := Path(f"{folder}.json")).exists():
         return json.loads(done.read_text())
-    folder = root / f"{name}_{options.steps}_{seed}"
-    (file := root / f"{name}_{seed}.yaml").write_text(
-        yaml.safe_dump(config(root, folder, seed, options.steps, **setting))
-    )
+    (file := Path(f"{folder}.yaml")).write_text(yaml.safe_dump(config(options, folder, seed, **setting)))
     recipe(["fit", "--config", str(file)])
     found = readings(folder / "model")
     done.write_text(json.dumps(found))
@@ -174,6 +175,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--share", default="1/1")
+    parser.add_argument("--precision", default="32-true")
     parser.add_argument("--only", nargs="+", default=list(ABLATIONS))
     options = parser.parse_args()
     options.root.mkdir(parents=True, exist_ok=True)
@@ -185,7 +187,7 @@ def main():
         for change in ABLATIONS[name]:
             setting = {**BASE, **change}
             mine = [s for s in options.seeds if zlib.crc32(f"{setting}{s}".encode()) % parts == part - 1]
-            found = [run(options.root, options, setting, seed) for seed in mine]
+            found = [run(options, setting, seed) for seed in mine]
             if len(found) == len(options.seeds):
                 label = ", ".join(str(value) for value in change.values())
                 print(

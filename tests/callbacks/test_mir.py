@@ -123,6 +123,35 @@ def test_pictures_without_a_logger_go_to_the_root_dir(tmp_path, probe):
     assert (tmp_path / "mir_media" / "layers.png").exists()
 
 
+class Drawing(MIRCallback):
+    """Remembers what it drew."""
+
+    drawn: tuple[int, ...] = ()
+
+    def draw(self, result, step):
+        self.drawn += (step,)
+        return super().draw(result, step)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "logger", "options", "drawn"),
+    [
+        (60, False, {}, (6,)),
+        (60, False, {"at_end": False, "every_n_steps": 4}, (4,)),
+        (0, False, {}, (0, 3, 6)),
+        (60, True, {}, (0, 3, 6)),
+    ],
+)
+def test_files_that_nobody_is_shown_are_drawn_once_a_minute(
+    tmp_path, probe, monkeypatch, seconds, logger, options, drawn
+):
+    monkeypatch.setattr("mir_lightning.callbacks.base._SECONDS_OF_FILES", seconds)
+    callback = Drawing(probe, **{"every_n_steps": 3, **options})
+    fit(tmp_path, [callback], logger=TensorBoardLogger(tmp_path) if logger else False)
+    assert callback.drawn == drawn
+    assert (tmp_path / "mir_media" / "heatmap.png").exists()
+
+
 def test_checkpoint_and_early_stopping_see_the_value_of_their_step(tmp_path, probe):
     callback = MIRCallback(probe, every_n_steps=2)
     keeper = ModelCheckpoint(
@@ -353,7 +382,7 @@ def test_a_failed_evaluation_warns_once_and_training_goes_on_unchanged(tmp_path,
 def test_pictures_that_cannot_be_written_warn_and_lose_no_number(tmp_path, probe):
     (tmp_path / "mir_media").write_text("a file where the folder should be")
     callback = MIRCallback(probe, every_n_steps=3)
-    with pytest.warns(UserWarning, match="MIR of step 0 could not be logged everywhere: .*mir_media"):
+    with pytest.warns(UserWarning, match="MIR of step 6 could not be logged everywhere: .*mir_media"):
         fit(tmp_path, [callback], logger=False)
     assert len(callback.history) == 3
 
