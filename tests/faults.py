@@ -83,13 +83,13 @@ class Captioner(pl.LightningModule):
         return DataLoader(self.batches, batch_size=None, shuffle=True)
 
 
-def run(folder, fault=None, seed=0, steps=160, every=20):
+def run(folder, fault=None, seed=0, steps=160, every=20, precision="32-true"):
     """Both callbacks of such a run, after it."""
     probe = batches(2, 1000 + seed, fault)
     callbacks = [ImageGainCallback(probe, every_n_steps=every), MIRCallback(probe, every_n_steps=every)]
     for callback in callbacks:
         callback.draw = lambda *_: None  # pictures take longer than the run
-    fit(folder, callbacks, Captioner(seed, fault), max_steps=steps)
+    fit(folder, callbacks, Captioner(seed, fault), max_steps=steps, precision=precision)
     return callbacks
 
 
