@@ -79,6 +79,57 @@ def test_loss_and_gradients_are_those_of_samples_alone(parts, attention, flash):
         )
 
 
+def _attend(query, key, value, softmax_scale=None, causal=False):
+    """Attention by its definition, of ``[tokens, heads, width]``."""
+    key, value = (side.repeat_interleave(query.shape[1] // side.shape[1], dim=1) for side in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * (softmax_scale or query.shape[-1] ** -0.5)
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
+
+
+def test_flash_attention_gets_the_samples_of_a_packed_row_apart(parts, monkeypatch):
+    """All of transformers' way to flash attention, with kernels from the definition: the real ones need a GPU."""
+    model, processor = parts
+    plain, packed = _batches(processor)
+    model.set_attn_implementation("sdpa")
+    expected = [model(**model_inputs(plain, flash=False), use_cache=False).loss]
+    expected += torch.autograd.grad(expected[0], list(model.model.language_model.parameters()))
+    lengths = []
+
+    def whole(q, k, v, softmax_scale=None, causal=False):
+        return torch.stack([_attend(*row, softmax_scale, causal) for row in zip(q, k, v, strict=True)])
+
+    def by_sample(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False
+    ):
+        assert causal
+        assert cu_seqlens_q.equal(cu_seqlens_k)
+        lengths.append(cu_seqlens_q.diff().tolist())
+        parts = zip(*(side.split(lengths[-1]) for side in (q, k, v)), strict=True)
+        return torch.cat([_attend(*part, softmax_scale, causal) for part in parts])
+
+    flash = "transformers.modeling_flash_attention_utils."
+    for name in ("_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn"):
+        monkeypatch.setattr(flash + name, None)
+    for name in ("_loaded_implementation", "_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn"):
+        monkeypatch.setattr(flash + name, None)
+    monkeypatch.setattr(flash + "_lazy_imports", lambda *_, **__: (whole, by_sample, None, None, None))
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+
+    found = [model(**model_inputs(packed, flash=True), use_cache=False).loss]
+    found += torch.autograd.grad(found[0], list(model.model.language_model.parameters()))
+    numbers, runs = sample_numbers(packed).flatten().unique_consecutive(return_counts=True)
+    assert len(lengths) == model.config.text_config.num_hidden_layers
+    for of_layer in lengths:  # padding is attended to by padding alone, however that is cut
+        apart = numbers.repeat_interleave(runs).split(of_layer)
+        assert [len(part) for part in apart if part[0] >= 0] == runs[numbers >= 0].tolist()
+        assert all((part == part[0]).all() for part in apart)
+    for value, same in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, same, rtol=1e-5, atol=1e-6)
+
+
 def test_attention_that_crossed_samples_would_be_seen(parts):
     model, processor = parts
     model.set_attn_implementation("sdpa")
