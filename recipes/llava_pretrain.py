@@ -39,6 +39,11 @@ class RecipeCLI(LightningCLI):
 
     preemption = trainer.Preemption()
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """``fit`` alone: there is no other loop, and each has a parser of all options, which takes a second."""
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """``--mir`` and what else is asked of the model; ``--checkpoint`` keeps the best, ``--restart`` last."""
         for callback, target, items in (
