@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mir_lightning.llava.demo.weights import build_packaged_processor
 from mir_lightning.llava.model.backbones import ModelSource, build_processor
 from mir_lightning.llava.model.saving import load_vlm
+from recipes.llava_pretrain import main
 from tests.processors import save_qwen2_vl
 from tests.recipes.runs import curves_of, small_config, start
 
@@ -96,27 +97,32 @@ def test_a_family_with_a_video_processor_is_trained_and_saved_without_torchvisio
     )
 
 
-def test_print_config_of_several_files_is_the_run_that_would_start():
-    run = _recipe("fit", "--config", DEMO, "--config", UNFROZEN, "--trainer.max_steps=4", "--print_config")
-    assert run.returncode == 0, run.stderr
-    config = yaml.safe_load(run.stdout)
+def _ended(*arguments):
+    """The exit code of a command that runs nothing."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return ended.value.code
+
+
+def test_print_config_of_several_files_is_the_run_that_would_start(capsys):
+    assert _ended("fit", "--config", DEMO, "--config", UNFROZEN, "--trainer.max_steps=4", "--print_config") == 0
+    config = yaml.safe_load(capsys.readouterr().out)
     assert config["trainer"]["max_steps"] == 4
     assert [part["lr"] for part in config["model"]["stages"][0]["train"]] == [3e-4, 3e-5]
     assert config["mir"]["probe"] == {"images": None, "texts": None}
 
 
-def test_help_tells_what_the_options_do():
-    run = _recipe("fit", "--help")
-    assert run.returncode == 0
+def test_help_tells_what_the_options_do(capsys):
+    assert _ended("fit", "--help") == 0
+    said = capsys.readouterr().out
     for text in (
         "--mir.every_n_steps",
         "optimizer steps between evaluations",
         "what trains when",
     ):
-        assert text in run.stdout
+        assert text in said
 
 
-def test_a_config_key_that_does_not_exist_is_named():
-    run = _recipe("fit", "--config", DEMO, "--model.projector_rate=1")
-    assert run.returncode == 2
-    assert "projector_rate" in run.stderr
+def test_a_config_key_that_does_not_exist_is_named(capsys):
+    assert _ended("fit", "--config", DEMO, "--model.projector_rate=1") == 2
+    assert "projector_rate" in capsys.readouterr().err
