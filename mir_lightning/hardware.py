@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.functional import linear
 
+_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # compute capabilities of P100, V100, A100, H100, B200
 _NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # names of torch.cpu.get_capabilities, x86 and ARM
 
 
@@ -37,6 +38,13 @@ def best_precision(accelerator: str) -> tuple[str, str]:
     if native:
         return "bf16-mixed", f"{name} computes bfloat16 natively"
     return "32-true", f"{name} does not compute bfloat16 natively"
+
+
+def float64_is_slow(device: torch.device) -> bool:
+    """Whether a device takes some 30 or 60 times longer for float64 than for float32: most of NVIDIA's do."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) not in _FLOAT64
 
 
 def cpu_dtype(saved: torch.dtype) -> torch.dtype:

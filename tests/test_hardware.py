@@ -66,3 +66,12 @@ def test_the_cost_is_that_of_these_products_here():
     hardware.bfloat16_slowdown.cache_clear()
     assert 0.01 < hardware.bfloat16_slowdown() < 1000
     assert hardware.bfloat16_slowdown() == hardware.bfloat16_slowdown()
+
+
+@pytest.mark.parametrize(
+    ("capability", "slow"), [((8, 0), False), ((9, 0), False), ((8, 6), True), ((8, 9), True), ((12, 0), True)]
+)
+def test_cards_for_graphics_are_slow_in_float64(monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert hardware.float64_is_slow(torch.device("cuda")) == slow
+    assert not hardware.float64_is_slow(torch.device("cpu"))

@@ -18,7 +18,7 @@ from mir_lightning.callbacks.loops import Drawing, Loop
 from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.frechet import RankOrder
 from mir_lightning.functional.mir import Rule, Variant
-from mir_lightning.probing.evaluate import MIRResult, UncheckedMaskWarning, evaluate_mir
+from mir_lightning.probing.evaluate import MIRResult, Products, UncheckedMaskWarning, evaluate_mir
 from mir_lightning.probing.network import HiddenStates, Network, ProbeWarning
 from mir_lightning.probing.probe import ProbeLike
 from mir_lightning.vlm import TextPositions, find_entrance, is_foreign, module_at, token_masks
@@ -58,6 +58,7 @@ class MIRCallback(ProbingCallback):
             :func:`~mir_lightning.evaluate_mir`.
         interval: also log ``mir_se``, the standard error of ``mir``, for one more pass over the probe.
         rank_order: of ``mir_rank``; see :func:`~mir_lightning.evaluate_mir`.
+        products: see there.
         options: further schedules, ``on_error`` and more: of
             :class:`~mir_lightning.callbacks.base.ProbingCallback`.
     """
@@ -84,6 +85,7 @@ class MIRCallback(ProbingCallback):
         check: bool = True,
         interval: bool = False,
         rank_order: RankOrder = 2,
+        products: Products = "auto",
         **options: Any,
     ) -> None:
         check_choice("variant", variant, Variant)
@@ -92,8 +94,9 @@ class MIRCallback(ProbingCallback):
         if interval and variant not in get_args(Rule):
             raise ValueError(f'interval needs variant "paper" or "robust", got {variant!r}.')
         check_choice("rank_order", rank_order, RankOrder)
+        check_choice("products", products, Products)
         self.engine = {"variant": variant, "text": text, "sample_layer": picture_layer}
-        self.engine |= {"interval": interval, "rank_order": rank_order}
+        self.engine |= {"interval": interval, "rank_order": rank_order, "products": products}
         self.places: dict[str, Any] = {"layers": layers, "norm": norm, "image_token_id": image_token_id}
         self.places["hidden_states"] = hidden_states
         self.check = check and hidden_states is None

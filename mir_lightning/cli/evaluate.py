@@ -171,7 +171,7 @@ def _evaluate(model: nn.Module, probe: Probe, options: EvaluationOptions, gain: 
     """Fields of the result, and those of the image gain below ``image_gain``."""
     progress = None if options.no_progress else "probe"
     try:
-        names = ("variant", "text", "layers", "image_token_id", "interval", "rank_order")
+        names = ("variant", "text", "layers", "image_token_id", "interval", "rank_order", "products")
         chosen = {name: getattr(options, name) for name in names}
         result = evaluate_mir(model, probe, **chosen, check=not options.no_check, progress=progress)
         token, title = options.image_token_id, progress and f"{progress}, gain"

@@ -18,6 +18,7 @@ import torch
 
 from mir_lightning.functional.frechet import RankOrder
 from mir_lightning.functional.mir import Rule, Variant
+from mir_lightning.probing.evaluate import Products
 from mir_lightning.probing.pairs import PAPER_PROMPT, check_prompt
 from mir_lightning.vlm import TextPositions
 
@@ -218,6 +219,9 @@ class EvaluationOptions(ProbeOptions, ModelOptions):
     variant: Variant = option("of the metric", "paper")
     interval: bool = option("standard error of MIR and influence of each sample, by one more pass", False)
     rank_order: RankOrder = option("of the effective rank: 2, the free one, or 1, the entropy one", 2)
+    products: Products = option(
+        "of tokens, that covariances are sums of; auto: float32 where float64 is slow", "auto"
+    )
     layers: str | None = option("dotted path of the decoder layers inside the model, if not found by itself")
     image_token_id: int | None = option("placeholder of vision tokens, if the config is wrong")
     no_check: bool = option("skip the self-check of the vision mask", False)

@@ -94,6 +94,7 @@ class Cloud:
 
     width: int
     accumulator: torch.dtype  # of the covariances
+    products: torch.dtype  # of tokens, that covariances are sums of
     home: torch.device  # where it is while there are no tokens
     rows: list[Tensor]  # held tokens, [n, d] each
     norms: list[Tensor]  # of the tokens that are not held, float64 [n] each
@@ -208,9 +209,9 @@ class Cloud:
         """Add tokens to the moments of their class."""
         moments = self._parts()
         if (known := moments[part]) is not None:
-            update_moments(known, tokens)
+            update_moments(known, tokens, self.products)
         else:
-            moments[part] = moments_of(tokens, self.accumulator)
+            moments[part] = moments_of(tokens, self.accumulator, self.products)
             self._keep(moments)
 
     def _parts(self) -> list[Moments | None]:
@@ -249,7 +250,8 @@ class Cloud:
         moments = reduce(_union, [parts[c] for c in KEPT[rule]])
         if moments is None:
             return Gaussian.from_tokens(rows)
-        return Gaussian(*mean_and_covariance(self._with(moments, rows)), eps=torch.finfo(self.accumulator).eps)
+        eps = max(torch.finfo(dtype).eps for dtype in (self.accumulator, self.products))
+        return Gaussian(*mean_and_covariance(self._with(moments, rows)), eps=eps)
 
     def start_second_pass(self, rules: OutlierRules) -> None:
         """Keep the norms, classed by the final ``rules``, and forget the tokens."""
@@ -291,7 +293,7 @@ class Cloud:
 
     def _with(self, moments: Moments, rows: Tensor) -> Moments:
         """Moments with held tokens of their class; the argument does not change."""
-        return merge_moments(moments, moments_of(rows, self.accumulator)) if len(rows) else moments
+        return merge_moments(moments, moments_of(rows, self.accumulator, self.products)) if len(rows) else moments
 
 
 def gather_rows(clouds: Sequence[Cloud], gather: Gather, group: Any) -> None:

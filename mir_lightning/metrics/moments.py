@@ -7,7 +7,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from mir_lightning.functional.frechet import full_float32
+
 _BLOCK = 192
+_SHORT = 256  # tokens of a product in float32: its rounding is that of so few terms
 
 
 class Moments(NamedTuple):
@@ -51,17 +54,17 @@ def no_moments(width: int, dtype: torch.dtype, device: torch.device) -> Moments:
     return Moments(head, torch.zeros(packed_size(width), dtype=dtype, device=device))
 
 
-def moments_of(rows: Tensor, dtype: torch.dtype = torch.float64) -> Moments:
+def moments_of(rows: Tensor, dtype: torch.dtype = torch.float64, products: torch.dtype = torch.float64) -> Moments:
     """Moments of tokens ``[n, d]``, n >= 1, with M2 in ``dtype``."""
     moments = no_moments(rows.shape[1], dtype, rows.device)
-    update_moments(moments, rows)
+    update_moments(moments, rows, products)
     return moments
 
 
-def update_moments(moments: Moments, rows: Tensor) -> None:
+def update_moments(moments: Moments, rows: Tensor, products: torch.dtype = torch.float64) -> None:
     """Add tokens ``[n, d]``, n >= 1, to moments, in place.
 
-    Tokens are centred before M2 sees them, so nothing cancels in it, whatever its precision.
+    Tokens are centred before M2 sees them, so nothing cancels in it, whatever its precision or its ``products``'.
     """
     count = len(rows)
     centred = torch.empty(count + 1, rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -71,7 +74,7 @@ def update_moments(moments: Moments, rows: Tensor) -> None:
     delta = row_mean - moments.mean
     total = moments.total + count
     centred[count] = delta * (moments.total * count / total).sqrt()
-    _add_outer(moments.second, centred)
+    _add_outer(moments.second, centred, products)
     moments.mean.add_(delta * (count / total))
     moments.total.copy_(total)
 
@@ -111,11 +114,13 @@ def all_reduce_moments(moments: Moments, group: torch.distributed.ProcessGroup |
     return Moments(head, second)
 
 
-def _add_outer(second: Tensor, centred: Tensor) -> None:
-    """M2 += centredᵀ centred, for centred float64 tokens ``[n, d]``; products and sums are float64."""
-    for rows, block in _blocks(centred.shape[1]):
-        total = second[block].view(-1, rows.stop)
-        if total.dtype == torch.float64:
-            total.addmm_(centred[:, rows].T, centred[:, : rows.stop])
-        else:
-            total += centred[:, rows].T @ centred[:, : rows.stop]
+def _add_outer(second: Tensor, centred: Tensor, products: torch.dtype = torch.float64) -> None:
+    """M2 += centredᵀ centred, for centred float64 tokens ``[n, d]``; float32 products are of few tokens each."""
+    with full_float32(centred.device):
+        for tokens in centred.to(products).split(len(centred) if products == torch.float64 else _SHORT):
+            for rows, block in _blocks(centred.shape[1]):
+                total = second[block].view(-1, rows.stop)
+                if total.dtype == products:
+                    total.addmm_(tokens[:, rows].T, tokens[:, : rows.stop])
+                else:
+                    total += tokens[:, rows].T @ tokens[:, : rows.stop]

@@ -7,7 +7,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from mir_lightning.functional.checks import check_choice
 from mir_lightning.functional.frechet import RankOrder
 from mir_lightning.functional.influence import standard_error
 from mir_lightning.functional.mir import LayerDistance, Rule, Variant
+from mir_lightning.hardware import float64_is_slow
 from mir_lightning.metrics.mir import AccumulatedOutlierError, ModalityIntegrationRate
 from mir_lightning.probing.batches import MaskedBatches
 from mir_lightning.probing.isolation import leave_no_trace
@@ -23,6 +24,8 @@ from mir_lightning.probing.network import Forward, HiddenStates, Network
 from mir_lightning.probing.probe import Batch, Probe, ProbeLike
 from mir_lightning.probing.ranks import fit_into_memory, run_together, sum_over_ranks
 from mir_lightning.vlm import TextPositions, TokenMasks
+
+Products = Literal["auto", "float64", "float32"]
 
 _SAMPLE_SIZE = 400
 
@@ -75,6 +78,7 @@ class MIRResult:
         sample_layer: that layer, counted from 1.
         checked: whether the vision mask was found right by the self-check.
         rank_order: as given.
+        products: ``"float64"`` or ``"float32"``: the dtype of the products that covariances are sums of.
         influence: what each sample of the probe adds to ``mir``, ``[N]``; ``None`` without ``interval``. See
             :func:`~mir_lightning.functional.mir_influence`.
         standard_error: of ``mir`` over redrawn samples, from the influences.
@@ -106,6 +110,7 @@ class MIRResult:
     sample_layer: int
     checked: bool
     rank_order: RankOrder
+    products: str
     influence: Tensor | None
     standard_error: float | None
     sources: dict[str, SourceMIR]
@@ -128,6 +133,7 @@ def evaluate_mir(
     progress: str | None = None,
     interval: bool = False,
     rank_order: RankOrder = 2,
+    products: Products = "auto",
 ) -> MIRResult:
     """Modality Integration Rate of a model on a probe.
 
@@ -165,6 +171,9 @@ def evaluate_mir(
             memory for two float64 matrices ``[d, d]`` a layer. For ``"paper"`` and ``"robust"``.
         rank_order: of the effective ranks: 2, the participation ratio, which is free, or 1, the entropy of the
             eigenvalues, which takes a decomposition for each layer and modality.
+        products: of tokens, that covariances are sums of: ``"float64"``, ``"float32"`` (see
+            :class:`~mir_lightning.ModalityIntegrationRate`), or ``"auto"``: float32 on GPUs whose float64 is slow.
+            The official variants' are float64.
 
     Returns:
         A :class:`MIRResult`.
@@ -178,21 +187,25 @@ def evaluate_mir(
     start = time.perf_counter()
     check_choice("variant", variant, Variant)
     check_choice("rank_order", rank_order, RankOrder)
+    check_choice("products", products, Products)
     if interval and variant not in get_args(Rule):
         raise ValueError(f'interval needs variant "paper" or "robust", got {variant!r}, which replaces tokens.')
     if check and hidden_states is not None:
         raise ValueError("check works with Hugging Face models only: pass check=False along with hidden_states.")
     network, probe = Network(model, forward, layers, norm, image_token_id, hidden_states), Probe.of(probe)
     network.check_layer("sample_layer", sample_layer)
+    if products == "auto":
+        products = "float32" if float64_is_slow(network.device) else "float64"
     fingerprint, masks = probe.fingerprint, network.masks(probe, text)
     whole = MaskedBatches(probe, masks)
     sources: dict[str, SourceMIR] = {}
 
+    options = {"rank_order": rank_order, "products": getattr(torch, products)}
     fit = partial(fit_into_memory, smaller=MaskedBatches.halved)
 
     def read(part: MaskedBatches, title: str | None) -> _Reading:
         return fit(
-            lambda part: _Reading(network, variant, rank_order, sample_layer, distributed, title).of(part), part
+            lambda part: _Reading(network, variant, options, sample_layer, distributed, title).of(part), part
         )
 
     with leave_no_trace(network.model):
@@ -230,6 +243,7 @@ def evaluate_mir(
         sample_layer=reading.sample_layer,
         checked=checked,
         rank_order=rank_order,
+        products=products,
         influence=influence,
         standard_error=None if influence is None else standard_error(influence).item(),
         sources=sources,
@@ -283,14 +297,14 @@ class _Reading:
         self,
         network: Network,
         variant: Variant,
-        rank_order: RankOrder,
+        options: dict[str, Any],
         sample_layer: int | None,
         distributed: bool,
         progress: str | None,
     ) -> None:
         self.network = network
         self.variant = variant
-        self.rank_order = rank_order
+        self.options = options
         self.distributed = distributed
         self.progress = progress
         self._sample_layer = sample_layer
@@ -344,11 +358,7 @@ class _Reading:
     def _reduce(self, vision: Tensor, text: Tensor, layer: int, layers: int) -> None:
         if self._metric is None:
             self._metric = ModalityIntegrationRate(
-                layers,
-                vision.shape[1],
-                self.variant,
-                rank_order=self.rank_order,
-                sync_on_compute=self.distributed,
+                layers, vision.shape[1], self.variant, sync_on_compute=self.distributed, **self.options
             ).to(vision.device)
         # The layers of a model spread over devices do not all lie where the metric does.
         vision, text = (tokens.to(self.metric.device) for tokens in (vision, text))

@@ -73,6 +73,7 @@ def main():
         "lean forward": lambda: forward(use_cache=False, logits_to_keep=1),
         "evaluate_mir": lambda: evaluate_mir(model, probe),
         "plain forward": forward,
+        "products=float32": lambda: evaluate_mir(model, probe, products="float32"),
         "rank_order=1": lambda: evaluate_mir(model, probe, rank_order=1),
         "interval=True": lambda: evaluate_mir(model, probe, interval=True),
         "image gain": lambda: evaluate_image_gain(model, labelled),

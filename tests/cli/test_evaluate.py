@@ -187,11 +187,14 @@ def test_a_line_break_in_the_prompt(run, shared):
 
 def test_an_interval_and_the_order_of_the_rank(run, shared, tmp_path):
     out = tmp_path / "out.json"
-    done = run("eval", shared.root / "model", "--interval", "--rank-order", 1, "--json", out)
+    done = run(
+        "eval", shared.root / "model", "--interval", "--rank-order", 1, "--products", "float32", "--json", out
+    )
     pairs = read_pairs(shared.root / "images", shared.root / "texts", 3)
     probe = PairProbe(shared.processor, shared.model.config, pairs, 3)
     expected = evaluate_mir(shared.model, probe, interval=True, rank_order=1)
     written = json.loads(out.read_text())
+    assert written["products"] == "float32"
     assert written["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
     assert written["influence"] == pytest.approx(expected.influence.tolist(), rel=1e-3)
     assert written["effective_rank"] == [pytest.approx(row, rel=1e-4) for row in expected.effective_rank.tolist()]

@@ -79,13 +79,14 @@ def test_massive_activations_anywhere_in_the_stream(share, place, accumulator):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_float32_accumulators_are_exact_to_1e_6(kind, dtype):
+@pytest.mark.parametrize("name", ["accumulator", "products"])
+def test_float32_is_exact_to_1e_6(kind, dtype, name):
     vision, text = hostile_layers(kind, dtype, n_vision=50_000, n_text=60_000)
     expected = oracle.mir(*([x.double().numpy() for x in m] for m in (vision, text)))
-    metric = ModalityIntegrationRate(LAYERS, WIDTH, accumulator=torch.float32)
+    metric = ModalityIntegrationRate(LAYERS, WIDTH, **{name: torch.float32})
     _stream(metric, vision, text, 40)
     if kind != "few_tokens":
-        assert metric.vision_0_moments[1].dtype == torch.float32
+        assert metric.vision_0_moments[1].dtype == metric.accumulator
     try:
         metric.compute()
     except AccumulatedOutlierError:
@@ -99,8 +100,8 @@ def test_float32_accumulators_are_exact_to_1e_6(kind, dtype):
 @pytest.mark.parametrize(("precision", "autocast"), [("medium", False), ("high", False), ("highest", True)])
 def test_reduced_precision_switched_on_by_the_user_changes_nothing(precision, autocast, device):
     vision, text = hostile_layers("massive", n_vision=9000, n_text=9000, d=64, device=device)
-    for accumulator in (torch.float64, torch.float32):
-        metric = ModalityIntegrationRate(LAYERS, 64, accumulator=accumulator)
+    for options in ({}, {"accumulator": torch.float32}, {"products": torch.float32}):
+        metric = ModalityIntegrationRate(LAYERS, 64, **options)
         expected = _stream(metric, vision, text, 9).compute().item()
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
@@ -523,6 +524,7 @@ def test_one_token_short():
         ((3, 0), "hidden_size"),
         ((1, 1, "x"), "variant"),
         ((1, 1, "paper", torch.float16), "accumulator must be torch.float64 or torch.float32, got torch.float16"),
+        ((1, 1, "paper", torch.float32, 2, torch.bfloat16), "products must be torch.float64 or torch.float32"),
     ],
 )
 def test_bad_construction(arguments, message):
@@ -547,5 +549,7 @@ def test_metrics_that_differ_do_not_merge():
     other.update(vision[:1], text[:1])
     with pytest.raises(ValueError, match=r"2 layers of width .* and 1 layers"):
         metric.merge_state(other)
-    with pytest.raises(ValueError, match=r"torch.float64, and .* torch.float32"):
+    with pytest.raises(ValueError, match=r"torch.float64 of .*, and .*, torch.float32 of"):
         metric.merge_state(ModalityIntegrationRate(2, WIDTH, accumulator=torch.float32))
+    with pytest.raises(ValueError, match=r"float64 of .*float64 products, and .*float64 of .*float32 products"):
+        metric.merge_state(ModalityIntegrationRate(2, WIDTH, products=torch.float32))

@@ -339,6 +339,19 @@ def test_effective_rank_of_either_order(probe):
         evaluate_mir(model, probe, rank_order=3)
 
 
+def test_products_are_named_and_change_nothing_that_matters(probe, monkeypatch):
+    monkeypatch.setattr("mir_lightning.metrics.cloud._LEAST_ROOM", 2000)  # so that tokens become moments
+    model = tiny_llava().eval()
+    exact, named, short = (evaluate_mir(model, probe, products=p) for p in ("auto", "float64", "float32"))
+    assert [result.products for result in (exact, named, short)] == ["float64", "float64", "float32"]
+    assert torch.equal(exact.layers, named.layers)
+    assert not torch.equal(exact.layers, short.layers)
+    np.testing.assert_allclose(short.layers, exact.layers, rtol=1e-5)
+    assert short.mir == pytest.approx(exact.mir, rel=1e-6)
+    with pytest.raises(ValueError, match="products must be one of auto, float64, float32, got 'bfloat16'"):
+        evaluate_mir(model, probe, products="bfloat16")
+
+
 def test_everything_with_an_entry_a_sample_is_halved():
     """Lists, arrays and what lies in dicts go with their samples; plain values stay."""
     seen = []
