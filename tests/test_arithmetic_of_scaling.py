@@ -29,11 +29,12 @@ CARDS = {name: [float(value) for value in values] for name, *values in _table("c
 
 def _arithmetic(model, card, ranks):
     """Values of all formulas."""
-    bf16, float64, memory, near, far = CARDS[card]
+    bf16, product, float64, memory, near, far = CARDS[card]
     values = {
         **MODELS[model],
         "R": ranks,
         "bf16": bf16 * 1e12,
+        "product": product * 1e12,
         "float64": float64 * 1e12,
         "memory": memory * 1e12,
         "link": (near if ranks <= 8 else far) * 1e9,
@@ -59,6 +60,8 @@ def test_the_page_says_where_the_targets_are_met():
     assert "are met nowhere in this table" in PAGE
     shares = [f"{_products(card):.1f}" for card in CARDS.values()]
     assert "{} on an A100, {} on an H100, {}\non an L40S".format(*shares) in PAGE
+    assert f"would take {CARDS['L40S'][0] / CARDS['L40S'][2] / 24:.1f}" in PAGE
+    assert f"costs 3 to {max(values['in_all'] for values in every.values()):.0f} forwards" in PAGE
     assert all(values["finalising"] > values["forward"] for values in every.values())
     assert all(values["all_reduce"] > values["forward"] for (*_, ranks), values in every.items() if ranks == 64)
     at_half = (every["7B", "A100", 1]["in_all"] - 1) / 2 + 1
@@ -89,7 +92,7 @@ def _updated(width, tokens, updates=2):
 def test_a_products_operations(width):
     """One row more than tokens an update: the old mean to the new; the tokens held back are a tenth or less."""
     tokens = 1200
-    page = eval(FORMULAS["products"], {"L": 1, "T": tokens, "d": width, "float64": 1})
+    page = eval(FORMULAS["products"], {"L": 1, "T": tokens, "d": width, "product": 1})
     assert 0.85 * page < _updated(width, tokens) <= page * (tokens + 1) / tokens
 
 
