@@ -12,7 +12,7 @@ PLANTED = {  # the alarm, and the step by which it is raised
     "standing": ({"loss_stands"}, 60),
     "loud": ({"loud"}, 0),
     "collapsing": ({"collapse", "no_gain"}, 100),
-    "leaking": ({"gain_falls", "no_gain", "loss_rises"}, 180),  # all are true; which comes first depends on the seed
+    "leaking": ({"gain_falls", "no_gain", "loss_rises"}, 180),  # all are true; the seed says which is first
 }
 
 
