@@ -31,12 +31,12 @@ from mir_lightning.functional.mir import (
 )
 from mir_lightning.metrics.moments import (
     Moments,
-    all_reduce_moments,
     mean_and_covariance,
     merge_moments,
     moments_of,
     no_moments,
     packed_size,
+    reduce_moments,
     update_moments,
 )
 
@@ -268,8 +268,8 @@ class Cloud:
         self._keep([_union(*pair) for pair in zip(other._parts(), self._parts(), strict=True)])
         self.moments[:] = [tensor.clone() for tensor in self.moments]
 
-    def sync(self, gather: Gather, group: Any) -> None:
-        """Merge across ranks: norms are gathered, moments summed.
+    def sync(self, gather: Gather, owner: int | None, group: Any) -> None:
+        """Merge across ranks: norms are gathered, moments summed, on one rank or, without ``owner``, on all.
 
         The norms of all ranks decide the classes of the held tokens, so each rank adds its own to the moments.
         """
@@ -286,7 +286,7 @@ class Cloud:
             for part in _PARTS:
                 if (classes == part).any():
                     own = parts[part] or no_moments(self.width, self.accumulator, seen.device)
-                    parts[part] = all_reduce_moments(self._with(own, rows[row_classes == part]), group)
+                    parts[part] = reduce_moments(self._with(own, rows[row_classes == part]), owner, group)
         self.norms[:], self.classes[:] = [seen], [classes]
         self.rows.clear()
         self._keep(parts)

@@ -129,6 +129,7 @@ class ModalityIntegrationRate(PreciseMetric):
         self.rank_order = rank_order
         self._distances: list[LayerDistance] | None = None
         self._synced_group: Any = None  # the processes that the states are synced over
+        self._layers_have_owners = True  # whether each layer's moments are summed on one of them, or on all
         self._final_rules: list[list[OutlierRules]] | None = None
         self._keeps_tokens = variant.startswith("official")
         # Fewer where tokens are kept: a MetricCollection lets metrics of the same states share them.
@@ -244,16 +245,20 @@ class ModalityIntegrationRate(PreciseMetric):
         if self._keeps_tokens:
             raise ValueError(f'variant {self.variant!r} has no influence function: use "paper" or "robust".')
         rule, influences = rule_of(self.variant), []
-        with self.sync_context(should_sync=self._to_sync):
-            for layer in range(self.num_layers):
-                clouds, judged = self._clouds(layer), self._judged(layer)
-                vision, text = (c.gaussian(tokens, rule) for c, tokens in zip(clouds, judged, strict=True))
-                norms = judged[0].norms, judged[1].norms
-                influences.append(LayerInfluence((vision, text), norms, rule, layer))
+        self._layers_have_owners = False
+        try:
+            with self.sync_context(should_sync=self._to_sync):
+                for layer in range(self.num_layers):
+                    clouds, judged = self._clouds(layer), self._judged(layer)
+                    vision, text = (c.gaussian(tokens, rule) for c, tokens in zip(clouds, judged, strict=True))
+                    norms = judged[0].norms, judged[1].norms
+                    influences.append(LayerInfluence((vision, text), norms, rule, layer))
+        finally:
+            self._layers_have_owners = True
         return influences
 
     def _shared_distances(self) -> list[LayerDistance]:
-        """Of synced states: layer k is finalised by rank k mod R, and by every rank where that one cannot."""
+        """Of synced states: layer k is finalised by rank k mod R. What one cannot finalise fails on all."""
         group, width = self._synced_group, sum(_SIZES)
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         rows = torch.zeros(self.num_layers, width + 1, dtype=torch.float64, device=self._clouds(0)[0].device())
@@ -263,12 +268,13 @@ class ModalityIntegrationRate(PreciseMetric):
                 rows[layer, 1:] = torch.cat([value.double().flatten().to(rows.device) for value in found])
                 rows[layer, 0] = 1
         dist.all_reduce(rows, group=group)  # zeros, but for those of one rank
-        return [
-            LayerDistance(*(value.squeeze() for value in row[1:].split(_SIZES)))
-            if row[0] == 1
-            else self._layer_distance(layer)
-            for layer, row in enumerate(rows)
-        ]
+        for layer in (rows[:, 0] == 0).nonzero().flatten().tolist():
+            if layer % ranks == rank:
+                self._layer_distance(layer)
+            elif not self._keeps_tokens:
+                self._judged(layer)  # raises the same, for tokens that are at fault
+            raise RuntimeError(f"layer {layer} could not be finalised by rank {layer % ranks}: see its error.")
+        return [LayerDistance(*(value.squeeze() for value in row[1:].split(_SIZES))) for row in rows]
 
     def _judged(self, layer: int) -> list[Judged]:
         return [c.judged(modality, layer) for c, modality in zip(self._clouds(layer), _MODALITIES, strict=True)]
@@ -345,15 +351,16 @@ class ModalityIntegrationRate(PreciseMetric):
         self._computed = None
 
     def _sync_dist(self, dist_sync_fn: Gather | None = None, process_group: Any | None = None) -> None:
-        """Merge across ranks; raw tokens travel only for official variants."""
+        """Merge across ranks: each layer's moments on the one that finalises it; raw tokens for official variants."""
         assert dist_sync_fn is not None
         self._synced_group = group = process_group or self.process_group
-        clouds = [cloud for layer in range(self.num_layers) for cloud in self._clouds(layer)]
         if self._keeps_tokens:
-            gather_rows(clouds, dist_sync_fn, group)
+            gather_rows([c for k in range(self.num_layers) for c in self._clouds(k)], dist_sync_fn, group)
             return
-        for cloud in clouds:
-            cloud.sync(dist_sync_fn, group)
+        for layer in range(self.num_layers):
+            owner = layer % dist.get_world_size(group) if self._layers_have_owners else None
+            for cloud in self._clouds(layer):
+                cloud.sync(dist_sync_fn, owner, group)
 
     def _draw(self, ax: "Axes") -> None:
         layers = self.compute_breakdown()

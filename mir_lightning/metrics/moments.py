@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 from torch import Tensor
 
 from mir_lightning.functional.frechet import full_float32
@@ -100,18 +100,22 @@ def mean_and_covariance(moments: Moments) -> tuple[Tensor, Tensor]:
     return moments.mean.clone(), cov.div_(moments.total - 1)
 
 
-def all_reduce_moments(moments: Moments, group: torch.distributed.ProcessGroup | None) -> Moments:
+def reduce_moments(moments: Moments, owner: int | None, group: dist.ProcessGroup | None) -> Moments:
     """Moments of all ranks' tokens; a rank without tokens gives :func:`no_moments`.
 
-    Each rank re-centres its own on the common mean, then they add up: nothing of size ``ranks * d²`` exists.
+    Each rank re-centres its own on the common mean, then they add up: nothing of size ``ranks * d²`` exists. Where
+    one rank of the group is the ``owner``, M2 is empty on the others.
     """
     sums = torch.cat([moments.total[None], moments.total * moments.mean])
-    torch.distributed.all_reduce(sums, group=group)
+    dist.all_reduce(sums, group=group)
     head = torch.cat([sums[:1], sums[1:] / sums[0]])
     second = moments.second.clone()
     _add_outer(second, ((moments.mean - head[1:]) * moments.total.sqrt())[None])
-    torch.distributed.all_reduce(second, group=group)
-    return Moments(head, second)
+    if owner is None:
+        dist.all_reduce(second, group=group)
+    else:
+        dist.reduce(second, owner if group is None else dist.get_global_rank(group, owner), group=group)
+    return Moments(head, second if owner in (None, dist.get_rank(group)) else second[:0])
 
 
 def _add_outer(second: Tensor, centred: Tensor, products: torch.dtype = torch.float64) -> None:

@@ -42,7 +42,7 @@ def _found(rank, world):
     failing._layer_distance = lambda layer: 1 / 0 if layer == 3 and rank == 3 % world else plain(layer)
     try:
         rows["failing"] = _rows(failing)
-    except ZeroDivisionError as error:
+    except (ZeroDivisionError, RuntimeError) as error:
         rows["failing"] = str(error)
     few = ModalityIntegrationRate(LAYERS, WIDTH)
     few.update([torch.randn(1 + rank, WIDTH)] * LAYERS, [torch.randn(int(rank == 1), WIDTH)] * LAYERS)
@@ -50,6 +50,12 @@ def _found(rank, world):
         few.compute()
     except ValueError as error:
         rows["few"] = str(error)
+    summed = _metric(rank, world)
+    rows["moments"] = []
+    for whole in (False, True):  # the influences of tokens need the moments of all layers
+        summed._layers_have_owners = not whole
+        with summed.sync_context():
+            rows["moments"].append([k for k in range(LAYERS) if len(getattr(summed, f"vision_{k}_moments")[1])])
     return own, rows
 
 
@@ -64,9 +70,10 @@ def test_each_layer_is_finalised_once_and_known_to_all(world):
             assert torch.equal(rows[variant], first[variant])
             mir = rows[variant][:, :2].sum().log10().item()  # mean gap and covariance gap
             assert mir == pytest.approx(modality_integration_rate(*tokens, variant).item(), rel=1e-8)
-        # Where one rank cannot finalise a layer the others do, and only that one fails.
-        failed = rank == 3 % world
-        assert rows["failing"] == "division by zero" if failed else torch.equal(rows["failing"], first["paper"])
+        owner = 3 % world
+        elsewhere = f"layer 3 could not be finalised by rank {owner}: see its error."
+        assert rows["failing"] == ("division by zero" if rank == owner else elsewhere)
+        assert rows["moments"] == [[k for k in range(LAYERS) if k % world == rank], [*range(LAYERS)]]
         assert rows["few"].startswith("text has 1 token(s) in layer 0")
     part = [[layer.tensor_split(min(world, 3))[0] for layer in side] for side in tokens]
     alone = first["alone"][:, :2].sum().log10().item()
