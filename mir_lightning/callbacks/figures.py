@@ -27,24 +27,31 @@ def curve_colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def new_figure(width: float = 6.4, height: float = 3.6) -> Figure:
+def new_figure(width: float = 6.4, height: float = 3.6, layout: str | None = "constrained") -> Figure:
     """An empty figure, in inches; an ``ImportError`` without matplotlib names the extra."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "mir-lightning[recipes]"') from error
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+    return Figure(figsize=(width, height), dpi=120, layout=layout)
 
 
-def _dress(axes: Axes, whole_numbers: str = "", **labels: Any) -> None:
+def _panel(right: float = 0.97) -> tuple[Figure, Axes]:
+    """A figure of one pair of axes, in fixed margins: to find them takes as long as to draw it, at every point."""
+    figure = new_figure(layout=None)
+    figure.subplots_adjust(left=0.12, right=right, bottom=0.14, top=0.91)
+    return figure, figure.subplots()
+
+
+def _dress(axes: Axes, whole_numbers: str = "", columns: int = 1, **labels: Any) -> None:
     """Labels, title, a legend if anything has a label; only whole numbers on the axes ``"x"`` or ``"y"``."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set(**labels)
     for name in whole_numbers:
-        getattr(axes, f"{name}axis").set_major_locator(MaxNLocator(integer=True))
+        getattr(axes, f"{name}axis").set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, ncols=columns, columnspacing=1, handlelength=1.2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -60,8 +67,8 @@ def overview_figure(points: Sequence[Mapping[str, float]], result: MIRResult, st
 
     ``points`` are readings by step, see :mod:`~mir_lightning.callbacks.alarms`.
     """
-    figure = new_figure(11.0, 3.6)
-    grid = figure.add_gridspec(2, 3)
+    figure = new_figure(11.0, 3.6, layout=None)
+    grid = figure.add_gridspec(2, 3, left=0.065, right=0.985, bottom=0.14, top=0.91, wspace=0.25, hspace=0.35)
     gain, mir = (figure.add_subplot(grid[:, column]) for column in (0, 1))
     gaps, ratio = (figure.add_subplot(grid[row, 2]) for row in (0, 1))
     for axes, name, colour, labels in (
@@ -80,7 +87,7 @@ def overview_figure(points: Sequence[Mapping[str, float]], result: MIRResult, st
             axes.axhline(0, color="grey", linewidth=0.8)
     _draw_gaps(gaps, result.mean_gap, result.cov_gap)
     gaps.margins(y=0.4)  # room for the legend
-    _dress(gaps, "x", title=f"By what? Layers at step {step}", ylabel="distance")
+    _dress(gaps, "x", columns=2, title=f"By what? Layers at step {step}", ylabel="distance")
     ratio.plot(range(1, len(result.norm_ratio) + 1), result.norm_ratio, color="black", linewidth=1.4)
     ratio.axhline(1, color="grey", linewidth=0.8)
     _dress(ratio, "x", xlabel="decoder layer", ylabel="norm ratio", ylim=(0, None))
@@ -95,8 +102,7 @@ def _draw_gaps(axes: Axes, mean_gap: Any, cov_gap: Any) -> None:
 
 def layer_figure(result: Mapping[str, Any], title: str) -> Figure:
     """Fréchet distance by layer, split into mean gap and covariance gap, of the fields of a result."""
-    figure = new_figure()
-    axes = figure.subplots()
+    figure, axes = _panel()
     _draw_gaps(axes, result["mean_gap"], result["cov_gap"])
     limits = (0.4, len(result["mean_gap"]) + 0.6)
     _dress(axes, "x", xlabel="decoder layer", ylabel="Fréchet distance", title=title, xlim=limits)
@@ -105,8 +111,7 @@ def layer_figure(result: Mapping[str, Any], title: str) -> Figure:
 
 def layer_comparison_figure(curves: Mapping[str, Sequence[float]]) -> Figure:
     """Fréchet distance by layer of several models, by name."""
-    figure = new_figure()
-    axes = figure.subplots()
+    figure, axes = _panel()
     for (name, layers), marker in zip(curves.items(), itertools.cycle("os^Dv<>P")):
         axes.plot(range(1, len(layers) + 1), layers, marker=marker, markersize=4, linewidth=1.2, label=name)
     if all(value > 0 for layers in curves.values() for value in layers):
@@ -120,8 +125,7 @@ def heatmap_figure(steps: Sequence[int], layers: Sequence[Sequence[float]]) -> F
     """Fréchet distance by layer and step: where in the model alignment happens, and when."""
     from matplotlib.colors import LogNorm
 
-    figure = new_figure()
-    axes = figure.subplots()
+    figure, axes = _panel(right=0.99)
     columns = list(zip(*layers, strict=True))
     positive = [value for row in columns for value in row if value > 0]
     norm = LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else None
@@ -144,8 +148,7 @@ def token_figure(result: MIRResult, step: int) -> Figure:
     _, deviations, directions = torch.linalg.svd(centred, full_matrices=False)
     plane = (centred @ directions[:2].T).numpy()
     shares = (deviations.square() / deviations.square().sum().clamp(min=1e-300))[:2].tolist()
-    figure = new_figure()
-    axes = figure.subplots()
+    figure, axes = _panel()
     vision = len(kept[0])
     for part, colour, marker, label in (
         (plane[:vision], _MEAN_COLOUR, "o", "vision tokens"),
@@ -164,8 +167,7 @@ def token_figure(result: MIRResult, step: int) -> Figure:
 
 def ability_figure(steps: Sequence[int], scores: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """Soft Discrimination Score over steps: by ability, at each step the score and its chance level."""
-    figure = new_figure()
-    axes = figure.subplots()
+    figure, axes = _panel()
     for index, (ability, points) in enumerate(scores.items()):
         axes.plot(steps, [point[0] for point in points], "o-", color=curve_colour(index), label=ability)
         axes.plot(
@@ -178,8 +180,7 @@ def ability_figure(steps: Sequence[int], scores: Mapping[str, Sequence[Sequence[
 
 def gain_figure(points: Sequence[Sequence[float]]) -> Figure:
     """Image gain with its 95 % interval, of points ``(step, gain, error, gain over blank, error, ...)``."""
-    figure = new_figure()
-    axes = figure.subplots()
+    figure, axes = _panel()
     steps, *columns = zip(*points, strict=True)
     for index, colour, style, label in (
         (0, _MEAN_COLOUR, "o-", "over another sample's picture"),
