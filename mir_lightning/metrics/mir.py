@@ -351,7 +351,7 @@ class ModalityIntegrationRate(PreciseMetric):
         self._computed = None
 
     def _sync_dist(self, dist_sync_fn: Gather | None = None, process_group: Any | None = None) -> None:
-        """Merge across ranks: each layer's moments on the one that finalises it; raw tokens for official variants."""
+        """Merge across ranks: each layer on the one that finalises it; raw tokens travel for official variants."""
         assert dist_sync_fn is not None
         self._synced_group = group = process_group or self.process_group
         if self._keeps_tokens:
