@@ -130,7 +130,9 @@ def _assert_same(a, b, where=""):
 
 
 @pytest.mark.filterwarnings("ignore:MIR evaluation at step")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow) if way == "compiled model" else way for way in WAYS]
+)
 def test_the_run_is_the_same_bit_for_bit(tmp_path, way):
     probe = Probe([tiny_batch(seed=100 + s) for s in range(2)])
     plain = _run(tmp_path / "plain", way, [])
