@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -27,7 +27,7 @@ def curve_colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def new_figure(width: float = 6.4, height: float = 3.6, layout: str | None = "constrained") -> Figure:
+def new_figure(width: float = 6.4, height: float = 3.6, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """An empty figure, in inches; an ``ImportError`` without matplotlib names the extra."""
     try:
         from matplotlib.figure import Figure
