@@ -27,7 +27,9 @@ def curve_colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def new_figure(width: float = 6.4, height: float = 3.6, layout: Literal["constrained"] | None = "constrained") -> Figure:
+def new_figure(
+    width: float = 6.4, height: float = 3.6, layout: Literal["constrained"] | None = "constrained"
+) -> Figure:
     """An empty figure, in inches; an ``ImportError`` without matplotlib names the extra."""
     try:
         from matplotlib.figure import Figure
