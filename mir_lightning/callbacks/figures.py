@@ -41,7 +41,7 @@ def new_figure(
 def _panel(right: float = 0.97) -> tuple[Figure, Axes]:
     """A figure of one pair of axes, in fixed margins: to find them takes as long as to draw it, at every point."""
     figure = new_figure(layout=None)
-    figure.subplots_adjust(left=0.12, right=right, bottom=0.14, top=0.91)
+    figure.subplots_adjust(left=0.14, right=right, bottom=0.14, top=0.9)
     return figure, figure.subplots()
 
 
@@ -50,6 +50,8 @@ def _dress(axes: Axes, whole_numbers: str = "", columns: int = 1, **labels: Any)
     from matplotlib.ticker import MaxNLocator
 
     axes.set(**labels)
+    if axes.get_yscale() == "linear":
+        axes.ticklabel_format(axis="y", scilimits=(-2, 4))  # else wide numbers leave the picture
     for name in whole_numbers:
         getattr(axes, f"{name}axis").set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
     if axes.get_legend_handles_labels()[0]:
@@ -70,7 +72,7 @@ def overview_figure(points: Sequence[Mapping[str, float]], result: MIRResult, st
     ``points`` are readings by step, see :mod:`~mir_lightning.callbacks.alarms`.
     """
     figure = new_figure(11.0, 3.6, layout=None)
-    grid = figure.add_gridspec(2, 3, left=0.065, right=0.985, bottom=0.14, top=0.91, wspace=0.25, hspace=0.35)
+    grid = figure.add_gridspec(2, 3, left=0.07, right=0.985, bottom=0.14, top=0.89, wspace=0.25, hspace=0.35)
     gain, mir = (figure.add_subplot(grid[:, column]) for column in (0, 1))
     gaps, ratio = (figure.add_subplot(grid[row, 2]) for row in (0, 1))
     for axes, name, colour, labels in (
@@ -127,7 +129,7 @@ def heatmap_figure(steps: Sequence[int], layers: Sequence[Sequence[float]]) -> F
     """Fréchet distance by layer and step: where in the model alignment happens, and when."""
     from matplotlib.colors import LogNorm
 
-    figure, axes = _panel(right=0.99)
+    figure, axes = _panel(right=0.94)
     columns = list(zip(*layers, strict=True))
     positive = [value for row in columns for value in row if value > 0]
     norm = LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else None
