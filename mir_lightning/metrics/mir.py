@@ -269,9 +269,9 @@ class ModalityIntegrationRate(PreciseMetric):
                 rows[layer, 0] = 1
         dist.all_reduce(rows, group=group)  # zeros, but for those of one rank
         for layer in (rows[:, 0] == 0).nonzero().flatten().tolist():
-            if layer % ranks == rank:
+            if layer % ranks == rank or self._keeps_tokens:
                 self._layer_distance(layer)
-            elif not self._keeps_tokens:
+            else:
                 self._judged(layer)  # raises the same, for tokens that are at fault
             raise RuntimeError(f"layer {layer} could not be finalised by rank {layer % ranks}: see its error.")
         return [LayerDistance(*(value.squeeze() for value in row[1:].split(_SIZES))) for row in rows]
